@@ -1,0 +1,291 @@
+"""What a run can be told: `RunConfig` and its parts, with the unit and the range of every field.
+
+Hydra composes these dataclasses from `conf/`; `config_checks.check_config` enforces the ranges given here and the rules
+that join several fields. Enum members carry their own name in lower case, as they are written on the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class ObjectiveKind(Enum):
+    """`lsm`: teacher top-K local support matching; `opd`: clipped sampled-token policy gradient."""
+
+    lsm = "lsm"
+    opd = "opd"
+
+
+class Advantage(Enum):
+    """`frozen`: log q - log pi_behavior (the paper); `recompute`: log q - log pi_current (AsyncOPD)."""
+
+    frozen = "frozen"
+    recompute = "recompute"
+
+
+class GateKind(Enum):
+    """What a gate segment is; `off` trains ungated."""
+
+    off = "off"
+    block = "block"
+    newline = "newline"
+
+
+class DriftStatistic(Enum):
+    """How a segment's drift is reduced to one number."""
+
+    signed_mean = "signed_mean"
+    mean_abs = "mean_abs"
+    rms = "rms"
+    k3 = "k3"
+
+
+class GateNormalize(Enum):
+    """Over which tokens the gates average to one."""
+
+    step = "step"
+    sequence = "sequence"
+
+
+class BehaviorSource(Enum):
+    """Whose log-probs stand for the behaviour student in the drift: the engine's or the learner's own first visit."""
+
+    rollout = "rollout"
+    learner = "learner"
+
+
+class Dtype(Enum):
+    """Floating point type of a model's weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class LogprobDtype(Enum):
+    """Floating point type of the teacher's top-K log-probs in a trajectory batch."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+class LrSchedule(Enum):
+    """Learning-rate schedule after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Template(Enum):
+    """How a prompt becomes text (`data.templates`)."""
+
+    completion = "completion"
+    chat = "chat"
+    boxed_chat = "boxed_chat"
+    chat_with_solution = "chat_with_solution"
+    completion_with_solution = "completion_with_solution"
+
+
+class Overlong(Enum):
+    """What happens to a prompt longer than `data.max_prompt_tokens`."""
+
+    error = "error"
+    drop = "drop"
+
+
+class AnswerFormat(Enum):
+    """Where the final answer stands in a response (`evaluation.answers`)."""
+
+    tiny = "tiny"
+    last_number = "last_number"
+    boxed = "boxed"
+
+
+class WandbMode(Enum):
+    """`auto` is online when an API key is configured and offline otherwise."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+def ranged(
+    default: Any,
+    doc: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+) -> Any:
+    """A dataclass field with a one-line doc and a range that `config_checks.check_config` enforces."""
+    return field(default=default, metadata={"doc": doc, "ge": ge, "gt": gt, "le": le})
+
+
+def documented(default: Any, doc: str) -> Any:
+    """A dataclass field with a one-line doc and no numeric range."""
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(kw_only=True, slots=True)
+class StudentConfig:
+    """The model that learns."""
+
+    path: str = documented("", "folder or hub id of the student; `tiny:student` is the embedded one")
+    dtype: Dtype = documented(Dtype.float32, "dtype of the rollout engines' weights")
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherConfig:
+    """The model that is learnt from, and the workers that run it."""
+
+    path: str = documented("", "folder or hub id of the teacher; `tiny:teacher` is the embedded one")
+    dtype: Dtype = documented(Dtype.float32, "dtype of the teacher's weights")
+    template: Template = documented(Template.completion, "template of the prompt that the teacher sees")
+    top_k: int = ranged(32, "support ids a position, K", ge=1)
+    num_workers: int = ranged(1, "teacher actors", ge=1)
+    num_cpus: float = ranged(0.0, "CPUs of one worker, 0 = an even share; whole CPUs are its threads", ge=0)
+    num_gpus: float = ranged(0.0, "GPUs of one worker", ge=0)
+    max_batch_tokens: int = ranged(8192, "padded tokens in one forward pass", ge=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Training prompts."""
+
+    path: str = documented("", "JSONL or parquet file, `hub:OWNER/NAME`, or `tiny:train`")
+    fields: dict[str, str] = field(
+        default_factory=dict, metadata={"doc": "names of the columns for problem, answer, solution, id, if they differ"}
+    )
+    template: Template = documented(Template.completion, "template of the prompt that the student sees")
+    num_prompts: int = ranged(0, "prompts taken from the source, 0 = all", ge=0)
+    epochs: int = ranged(0, "passes over the prompts, 0 = endless", ge=0)
+    max_prompt_tokens: int = ranged(2048, "longest prompt, tokens, student's and teacher's", ge=1)
+    overlong: Overlong = documented(Overlong.error, "what happens to a longer prompt")
+    unique: bool = documented(False, "take rows with the same problem text once")
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutConfig:
+    """vLLM engines that sample from the student."""
+
+    num_engines: int = ranged(1, "rollout actors, one engine each", ge=1)
+    num_cpus: float = ranged(0.0, "CPUs of one engine, 0 = an even share; whole CPUs are its threads", ge=0)
+    num_gpus: float = ranged(0.0, "GPUs of one engine", ge=0)
+    prompts_per_step: int = ranged(4, "prompts in one optimizer step", ge=1)
+    samples_per_prompt: int = ranged(8, "trajectories a prompt", ge=1)
+    max_response_tokens: int = ranged(256, "longest response, tokens", ge=1)
+    temperature: float = ranged(1.0, "sampling temperature", gt=0)
+    top_p: float = ranged(1.0, "nucleus mass", gt=0, le=1)
+    max_num_seqs: int = ranged(128, "sequences that an engine decodes at once", ge=1)
+    kv_cache_gib: int = ranged(1, "KV cache of an engine on CPU, GiB", ge=1)
+    gpu_memory_utilization: float = ranged(0.6, "share of a GPU that an engine may take", gt=0, le=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class ReplayConfig:
+    """The replay store."""
+
+    max_staleness: int = ranged(0, "optimizer steps a trajectory may be old at its first visit; 0 = lock-step", ge=0)
+    reuse: int = ranged(2, "optimizer steps that each trajectory is used for", ge=1)
+    logprob_dtype: LogprobDtype = documented(LogprobDtype.float16, "dtype of stored teacher top-K log-probs")
+
+
+@dataclass(kw_only=True, slots=True)
+class LearnerConfig:
+    """DeepSpeed ranks that train the student."""
+
+    num_ranks: int = ranged(1, "data-parallel ranks", ge=1)
+    num_cpus: float = ranged(0.0, "CPUs of one rank, 0 = an even share; whole CPUs are its threads", ge=0)
+    num_gpus: float = ranged(0.0, "GPUs of one rank", ge=0)
+    zero_stage: int = ranged(1, "DeepSpeed ZeRO stage", ge=1, le=3)
+    dtype: Dtype = documented(Dtype.float32, "dtype of the training forward and backward")
+    lr: float = ranged(1e-4, "peak learning rate of AdamW", gt=0)
+    lr_schedule: LrSchedule = documented(LrSchedule.constant, "schedule after the warm-up")
+    warmup_steps: int = ranged(0, "optimizer steps of linear warm-up", ge=0)
+    weight_decay: float = ranged(0.01, "AdamW weight decay", ge=0)
+    beta2: float = ranged(0.999, "AdamW second-moment decay", gt=0, le=0.99999)
+    grad_clip: float = ranged(1.0, "largest global gradient norm", gt=0)
+    tokens_per_microbatch: int = ranged(8192, "padded tokens (prompt + response) in one microbatch of a rank", ge=1)
+    gradient_checkpointing: bool = documented(False, "recompute activations in the backward pass")
+
+
+@dataclass(kw_only=True, slots=True)
+class ObjectiveConfig:
+    """The loss at a position."""
+
+    kind: ObjectiveKind = documented(ObjectiveKind.lsm, "which loss")
+    advantage: Advantage = documented(Advantage.frozen, "advantage of `opd`")
+    clip_low: float = ranged(0.2, "PPO clip below 1, `opd` with a frozen advantage", gt=0, le=1)
+    clip_high: float = ranged(0.2, "PPO clip above 1, `opd` with a frozen advantage", gt=0)
+    dual_clip: float = ranged(3.0, "bound of the loss for negative advantages, x|advantage|", gt=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class GateConfig:
+    """The policy-drift gate (arXiv 2606.24084)."""
+
+    kind: GateKind = documented(GateKind.off, "segments: none, fixed blocks or spans between newlines")
+    tau: float = ranged(1.0, "sharpness: gate = exp(-tau * drift)", ge=0)
+    statistic: DriftStatistic = documented(DriftStatistic.signed_mean, "a segment's drift")
+    normalize: GateNormalize = documented(GateNormalize.step, "tokens over which the gate has mean one")
+    behavior_source: BehaviorSource = documented(BehaviorSource.learner, "whose behaviour log-probs drift is against")
+    block_size: int = ranged(64, "tokens of a block; also the fallback where a response has no newline", ge=1)
+    min_span: int = ranged(16, "newline spans under this many tokens merge", ge=1)
+    max_span: int = ranged(128, "newline spans over this many tokens split", ge=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    """Held-out problems with answers."""
+
+    path: str = documented("", "JSONL or parquet file, `hub:OWNER/NAME:split`, or `tiny:test`; empty = no evaluation")
+    fields: dict[str, str] = field(
+        default_factory=dict, metadata={"doc": "names of the columns for problem, answer, solution, id, if they differ"}
+    )
+    num_problems: int = ranged(64, "problems taken from the source, 0 = all", ge=0)
+    samples_per_problem: int = ranged(8, "samples a problem, n", ge=1)
+    every: int = ranged(0, "optimizer steps between evaluations, 0 = only before and after", ge=0)
+    temperature: float = ranged(1.0, "sampling temperature", gt=0)
+    top_p: float = ranged(0.9, "nucleus mass", gt=0, le=1)
+    max_response_tokens: int = ranged(256, "longest response, tokens", ge=1)
+    answer_format: AnswerFormat = documented(AnswerFormat.tiny, "where the final answer stands")
+    teacher: bool = documented(True, "evaluate the teacher too, on the student's prompts")
+
+
+@dataclass(kw_only=True, slots=True)
+class TelemetryConfig:
+    """Where a run can be watched."""
+
+    wandb: WandbMode = documented(WandbMode.auto, "W&B mode")
+    wandb_project: str = documented("opd_ray", "W&B project")
+    progress: bool = documented(True, "show the progress bar")
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One run."""
+
+    experiment: str = documented("custom", "name of the variant, set by conf/experiment")
+    scale: str = documented("", "name of the scale, set by conf/scale")
+    seed: int = ranged(0, "seed of sampling, prompt order and evaluation", ge=0)
+    num_steps: int = ranged(100, "optimizer steps", ge=1)
+    runs_dir: str = documented("runs", "folder in which the run folder is made")
+    deadline_s: float = ranged(1800.0, "longest wait for one remote call, seconds", gt=0)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+
+    @property
+    def trajectories_per_step(self) -> int:
+        """Trajectories that one optimizer step uses."""
+        return self.rollout.prompts_per_step * self.rollout.samples_per_prompt

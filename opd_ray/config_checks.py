@@ -1,0 +1,85 @@
+"""Refuses a config that cannot run, in one line that names the key, the value and the allowed range."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from opd_ray.config import GateKind, ObjectiveKind, RunConfig, Template
+from opd_ray.errors import ConfigError
+
+
+def check_config(cfg: RunConfig) -> None:
+    """Raise `ConfigError` unless every field is in its range and the fields fit each other."""
+    for key, value, meta in _leaves(cfg, ""):
+        _check_range(key, value, meta)
+    _check_paths(cfg)
+    _check_groups(cfg)
+
+
+def _leaves(part: Any, prefix: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    for item in dataclasses.fields(part):
+        value = getattr(part, item.name)
+        key = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value, dict(item.metadata)
+
+
+def _check_range(key: str, value: Any, meta: dict[str, Any]) -> None:
+    low, above, high = meta.get("ge"), meta.get("gt"), meta.get("le")
+    if low is None and above is None and high is None:
+        return
+    inside = math.isfinite(value)
+    inside = inside and (low is None or value >= low) and (above is None or value > above)
+    inside = inside and (high is None or value <= high)
+    if not inside:
+        raise ConfigError(f"{key}={value} is out of range: give a value {_range_text(low, above, high)}")
+
+
+def _range_text(low: float | None, above: float | None, high: float | None) -> str:
+    lower = f">= {low}" if low is not None else f"> {above}"
+    return lower if high is None else f"{lower} and <= {high}"
+
+
+def _check_paths(cfg: RunConfig) -> None:
+    required = {"student.path": cfg.student.path, "teacher.path": cfg.teacher.path, "data.path": cfg.data.path}
+    for key, value in required.items():
+        if not value:
+            raise ConfigError(f"{key} is empty: choose a scale with scale=tiny|smollm2|qwen3_1p7b, or set {key}=PATH")
+    if cfg.data.template in (Template.chat_with_solution, Template.completion_with_solution):
+        raise ConfigError(
+            f"data.template={cfg.data.template.name} would show the student the solution: "
+            "use it for teacher.template, and completion, chat or boxed_chat for data.template"
+        )
+
+
+def _check_groups(cfg: RunConfig) -> None:
+    if cfg.objective.kind is ObjectiveKind.lsm and cfg.teacher.top_k < 2:
+        raise ConfigError(
+            f"teacher.top_k={cfg.teacher.top_k} with objective.kind=lsm: the renormalised loss over one id is always "
+            "zero; give a value >= 2"
+        )
+    if cfg.gate.kind is GateKind.newline and cfg.gate.max_span < cfg.gate.min_span:
+        raise ConfigError(
+            f"gate.max_span={cfg.gate.max_span} is below gate.min_span={cfg.gate.min_span}: "
+            f"give gate.max_span >= {cfg.gate.min_span}"
+        )
+    if cfg.rollout.num_engines > cfg.rollout.prompts_per_step:
+        raise ConfigError(
+            f"rollout.num_engines={cfg.rollout.num_engines} exceeds rollout.prompts_per_step="
+            f"{cfg.rollout.prompts_per_step}: an engine would idle; give a value <= {cfg.rollout.prompts_per_step}"
+        )
+    if cfg.trajectories_per_step < cfg.learner.num_ranks:
+        raise ConfigError(
+            f"learner.num_ranks={cfg.learner.num_ranks} exceeds the {cfg.trajectories_per_step} trajectories of a step: "
+            f"give learner.num_ranks <= {cfg.trajectories_per_step}"
+        )
+    if cfg.learner.warmup_steps >= cfg.num_steps and cfg.learner.warmup_steps > 0:
+        raise ConfigError(
+            f"learner.warmup_steps={cfg.learner.warmup_steps} does not fit num_steps={cfg.num_steps}: "
+            f"give a value < {cfg.num_steps}"
+        )

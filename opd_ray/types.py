@@ -1,0 +1,105 @@
+"""One immutable record for each hop of a trajectory (see `controller` for the way it takes).
+
+Shape letters: B sequences, T response tokens, K top-K, S segments, V vocabulary, H hidden, D ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Hop 1: one problem of the prompt source.
+
+    `answer` is what a verifier compares with (evaluation only); `solution` is a worked solution that a teacher may be
+    shown. `index` is the prompt's row in its source and `epoch` how often the source was gone through before.
+    """
+
+    id: str
+    problem: str
+    answer: str | None = None
+    solution: str | None = None
+    index: int = 0
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """Hop 3: what one engine is asked for, `num_samples` trajectories for each prompt.
+
+    `slots` holds one slot number a trajectory, prompt-major: ``slots[i * num_samples + j]`` belongs to sample j of
+    prompt i; the last prompt may have fewer. A trajectory's sampling seed is derived from the run's seed and its slot.
+    """
+
+    prompts: tuple[Prompt, ...]
+    slots: tuple[int, ...]
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryReceipt:
+    """What the driver and the store know of a trajectory; its payload stays in the object store.
+
+    `row` is its row in the payload's record batch, `oldest_version` the smallest policy version among its tokens.
+    """
+
+    slot: int
+    prompt_id: str
+    row: int
+    num_prompt_tokens: int
+    num_response_tokens: int
+    oldest_version: int
+    newest_version: int
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReceipt:
+    """Stands for one payload (an Arrow record batch) that is somewhere in Ray's object store.
+
+    `busy_s` is the time that the worker spent on it, `num_bytes` the payload's size.
+    """
+
+    trajectories: tuple[TrajectoryReceipt, ...]
+    worker: str
+    busy_s: float
+    num_bytes: int
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Response tokens of all trajectories together."""
+        return sum(t.num_response_tokens for t in self.trajectories)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleInfo:
+    """Hop 7: facts that the store hands out with each sampled trajectory.
+
+    `staleness` is in optimizer steps (`replay.staleness`), `visits` counts this use (1 = first), `age_s` is the time
+    since it was appended.
+    """
+
+    slot: int
+    staleness: int
+    visits: int
+    age_s: float
+    num_prompt_tokens: int
+    num_response_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsReceipt:
+    """Hop 12: names one published set of weights. `checksum` covers names, shapes, dtypes and bytes."""
+
+    policy_version: int
+    checksum: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one learner step reports: flat metrics (`role/quantity/stat` to value)."""
+
+    policy_version: int
+    metrics: dict[str, float] = field(default_factory=dict)
