@@ -1,0 +1,1 @@
+"""Prompts: read, ordered, put into templates; and trajectories packed into microbatches."""

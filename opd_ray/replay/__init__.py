@@ -1,0 +1,1 @@
+"""The replay store and the Arrow form of a trajectory batch; pyarrow and numpy only."""

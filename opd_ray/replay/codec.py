@@ -1,0 +1,142 @@
+"""Trajectory batches to Arrow IPC stream bytes and back; decoding copies nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from opd_ray.errors import SchemaError
+from opd_ray.replay.columns import Array, ArrowArray, check_values
+from opd_ray.replay.rows import RolloutRow
+from opd_ray.replay.schema import (
+    ROLLOUT_COLUMNS,
+    TEACHER_COLUMNS,
+    BatchSpec,
+    check_spec,
+    check_types,
+    read_spec,
+)
+
+FIX = "check what wrote it"
+
+
+def encode_rollouts(rows: Sequence[RolloutRow], spec: BatchSpec) -> pa.Buffer:
+    """A rollout batch (hop 3) as bytes; raises `SchemaError` when `spec` or a value is wrong."""
+    if spec.top_k:
+        raise SchemaError(f"top_k = {spec.top_k} of a rollout batch: give 0, and K to add_teacher_columns")
+    return _write([_column(name, [getattr(row, name) for row in rows], spec) for name in spec.columns], spec)
+
+
+def add_teacher_columns(
+    batch: pa.RecordBatch,
+    teacher_logprobs: Sequence[Array],
+    teacher_topk_ids: Sequence[Array],
+    teacher_topk_logprobs: Sequence[Array],
+    spec: BatchSpec,
+) -> pa.Buffer:
+    """A scored batch (hop 5) as bytes: `batch` and one array a trajectory, [T], [T, K] and [T, K].
+
+    Log-probs of another float type are rounded to the schema's. Raises `SchemaError` when a shape or a value
+    is wrong, or `spec` speaks of another tokenizer than `batch`.
+    """
+    if not spec.top_k:
+        raise SchemaError("top_k = 0 of a scored batch: give K")
+    check_spec(read_spec(batch.schema), BatchSpec(spec.tokenizer_fingerprint))
+    given = (teacher_logprobs, teacher_topk_ids, teacher_topk_logprobs)
+    for name, arrays in zip(TEACHER_COLUMNS, given, strict=True):
+        if len(arrays) != batch.num_rows:
+            raise SchemaError(
+                f"column {name!r} has {len(arrays)} rows and {batch.num_rows} are expected: give one each"
+            )
+    added = [_column(name, arrays, spec) for name, arrays in zip(TEACHER_COLUMNS, given, strict=True)]
+    return _write([*(batch.column(name) for name in ROLLOUT_COLUMNS), *added], spec)
+
+
+def decode(
+    buffer: Any, *, columns: Iterable[str] | None = None, expected: BatchSpec | None = None
+) -> pa.RecordBatch:
+    """The record batch in `buffer` (`pyarrow.Buffer` or any bytes-like object), checked, without a copy.
+
+    `columns` are the only ones kept and checked (None: all); with `expected` the metadata must match it.
+    Raises `SchemaError` when the bytes are no trajectory batch, or metadata, types, lengths or values are
+    wrong.
+    """
+    try:
+        with pa.ipc.open_stream(buffer) as reader:
+            names = reader.schema.names
+            batches = list(reader)
+    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
+        raise SchemaError(f"bytes are not an Arrow stream of a trajectory batch ({error}): {FIX}") from error
+    if len(batches) != 1:
+        raise SchemaError(f"an Arrow stream has {len(batches)} record batches and 1 is expected: {FIX}")
+    spec = read_spec(batches[0].schema)
+    if expected is not None:
+        check_spec(spec, expected)
+    wanted = list(spec.columns) if columns is None else list(columns)
+    missing = [name for name in wanted if names.count(name) != 1]
+    if missing:
+        raise SchemaError(
+            f"columns {missing} are missing or doubled in a trajectory batch with {names}: {FIX}"
+        )
+    kept = batches[0].select(wanted)
+    _check(kept, spec)
+    return kept
+
+
+def _column(name: str, values: Sequence[Any], spec: BatchSpec) -> ArrowArray:
+    kind = spec.type_of(name)
+    if not pa.types.is_list(kind):
+        return pa.array(values, type=kind)
+    arrays = [np.asarray(value) for value in values]
+    tail = (kind.value_type.list_size,) if pa.types.is_fixed_size_list(kind.value_type) else ()
+    item = kind.value_type.value_type if tail else kind.value_type
+    for row, array in enumerate(arrays):
+        if array.ndim != 1 + len(tail) or array.shape[1:] != tail:
+            expected = f"[T, {tail[0]}]" if tail else "[T]"
+            raise SchemaError(
+                f"column {name!r}, row {row}, has shape {array.shape} and {expected} is expected: {FIX}"
+            )
+    flat = np.concatenate([_convert(name, array, item) for array in arrays]) if arrays else np.empty(0)
+    starts = np.zeros(len(arrays) + 1, dtype=np.int32)
+    np.cumsum([len(array) for array in arrays], out=starts[1:])
+    leaf = pa.array(flat.reshape(-1), type=item)
+    inner: ArrowArray = pa.FixedSizeListArray.from_arrays(leaf, type=kind.value_type) if tail else leaf
+    return pa.ListArray.from_arrays(pa.array(starts, type=pa.int32()), inner, type=kind)
+
+
+def _convert(name: str, values: Array, item: pa.DataType) -> Array:
+    """`values` as `item`; raises `SchemaError` rather than turn floats into integers or wrap around."""
+    dtype: np.dtype[Any] = np.dtype(item.to_pandas_dtype())
+    if values.size and (values.dtype.kind in "iu") != (dtype.kind == "i"):
+        raise SchemaError(f"column {name!r} has dtype {values.dtype} and {dtype} is expected: {FIX}")
+    if values.size and dtype.kind == "i" and values.max() > np.iinfo(dtype.name).max:
+        raise SchemaError(f"column {name!r} has the value {values.max()}, which does not fit {dtype}: {FIX}")
+    return values.astype(dtype, copy=False)
+
+
+def _write(columns: Sequence[ArrowArray], spec: BatchSpec) -> pa.Buffer:
+    """Stream bytes of one checked batch, in a buffer of exactly their size: the columns are copied once."""
+    batch = pa.RecordBatch.from_arrays(list(columns), schema=spec.schema())
+    _check(batch, spec)
+    size = pa.MockOutputStream()
+    _write_stream(size, batch)
+    buffer = pa.allocate_buffer(size.size())
+    _write_stream(pa.FixedSizeBufferWriter(buffer), batch)
+    return buffer
+
+
+def _write_stream(sink: pa.NativeFile, batch: pa.RecordBatch) -> None:
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def _check(batch: pa.RecordBatch, spec: BatchSpec) -> None:
+    check_types(batch, spec)
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise SchemaError(f"a trajectory batch is broken ({error}): {FIX}") from error
+    check_values(batch)

@@ -1,0 +1,72 @@
+"""What the store knows of a stored trajectory, and the batch that it hands to the learner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from opd_ray.errors import StaleBatchError
+from opd_ray.replay.payloads import PayloadShelf
+from opd_ray.replay.staleness import staleness, staleness_bound
+from opd_ray.types import SampleInfo, TrajectoryReceipt
+
+
+@dataclass(frozen=True, slots=True)
+class SampledBatch:
+    """Hop 7: one optimizer step's trajectories, in order of slot number.
+
+    `refs` are the payload references, each once. Trajectory i lies in row ``rows[i][1]`` of payload
+    ``refs[rows[i][0]]``, and ``infos[i]`` tells its staleness, visit number and age.
+    """
+
+    refs: tuple[Any, ...]
+    rows: tuple[tuple[int, int], ...]
+    infos: tuple[SampleInfo, ...]
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Slot numbers, as `release` takes them."""
+        return tuple(info.slot for info in self.infos)
+
+
+@dataclass(slots=True)
+class StoredTrajectory:
+    """A stored trajectory: receipt, payload number, how often it was handed out and given back."""
+
+    receipt: TrajectoryReceipt
+    payload_id: int
+    appended_s: float
+    num_visits: int = 0
+    num_releases: int = 0
+
+    def info(self, learner_version: int, max_staleness: int, now_s: float) -> SampleInfo:
+        """The facts of the next visit, at `learner_version`; raises `StaleBatchError` above the bound."""
+        visit = self.num_visits + 1
+        age = staleness(self.receipt.oldest_version, learner_version)
+        bound = staleness_bound(max_staleness, visit)
+        if age > bound:
+            raise StaleBatchError(
+                f"trajectory {self.receipt.slot} is {age} steps old at visit {visit}, bound {bound} "
+                f"(max_staleness {max_staleness}): each optimizer step must sample exactly once"
+            )
+        return SampleInfo(
+            slot=self.receipt.slot,
+            staleness=age,
+            visits=visit,
+            age_s=now_s - self.appended_s,
+            num_prompt_tokens=self.receipt.num_prompt_tokens,
+            num_response_tokens=self.receipt.num_response_tokens,
+        )
+
+
+def collect(
+    members: Iterable[StoredTrajectory], shelf: PayloadShelf, infos: tuple[SampleInfo, ...]
+) -> SampledBatch:
+    """Group the members' rows by payload; `infos` are in the same order."""
+    position: dict[int, int] = {}
+    rows = []
+    for member in members:
+        ref_index = position.setdefault(member.payload_id, len(position))
+        rows.append((ref_index, member.receipt.row))
+    return SampledBatch(tuple(shelf.ref(payload_id) for payload_id in position), tuple(rows), infos)
