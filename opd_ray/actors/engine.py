@@ -1,0 +1,144 @@
+"""One in-process vLLM engine that stamps each token with its log-prob and the policy version that made it.
+
+The engine is stepped from the event loop of its actor; between two steps other calls of the actor run, so new weights
+are taken over in the middle of running requests. Imported in rollout workers only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.sampling_params import RequestOutputKind
+
+from opd_ray.actors import weight_transfer
+from opd_ray.actors.weights import WeightBucket
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """How an engine is built. `max_model_tokens` bounds prompt + response."""
+
+    model_path: str
+    dtype: str
+    max_model_tokens: int
+    max_num_seqs: int
+    gpu_memory_utilization: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a response is sampled; `seed` makes it independent of what else runs."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+
+
+@dataclass(slots=True)
+class Stream:
+    """The tokens of one request as they arrive: ids, behaviour log-probs and policy versions, each [T]."""
+
+    done: asyncio.Future[None]
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+
+
+class Engine:
+    """A vLLM engine with weights of a known policy version."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        weight_transfer.register()
+        self._engine: Any = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=spec.model_path,
+                dtype=spec.dtype,  # type: ignore[arg-type]
+                max_model_len=spec.max_model_tokens,
+                max_num_seqs=spec.max_num_seqs,
+                gpu_memory_utilization=spec.gpu_memory_utilization,
+                enforce_eager=True,
+                distributed_executor_backend="uni",
+                async_scheduling=False,
+                # Cached prefixes would outlive the weights that made them.
+                enable_prefix_caching=False,
+                max_logprobs=1,
+                logprobs_mode="raw_logprobs",
+                weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
+                disable_log_stats=True,
+            )
+        )
+        self._engine.collective_rpc("init_weight_transfer_engine", args=({},))
+        self._streams: dict[str, Stream] = {}
+        self._loop_task: asyncio.Task[None] | None = None
+        self.policy_version = 0
+
+    async def generate(self, requests: dict[str, tuple[list[int], Sampling]]) -> dict[str, Stream]:
+        """Sample one response for each request id and wait for all; ``{id: (prompt_token_ids, sampling)}``."""
+        loop = asyncio.get_running_loop()
+        streams = {}
+        for request_id, (prompt_token_ids, sampling) in requests.items():
+            streams[request_id] = self._streams[request_id] = Stream(done=loop.create_future())
+            self._engine.add_request(request_id, {"prompt_token_ids": prompt_token_ids}, _sampling_params(sampling))
+        if self._loop_task is None or self._loop_task.done():
+            self._loop_task = loop.create_task(self._decode())
+        await asyncio.gather(*(stream.done for stream in streams.values()))
+        return streams
+
+    async def _decode(self) -> None:
+        try:
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    self._accept(output)
+                # Lets other calls of the actor in between two decoding steps (load_weights above all).
+                await asyncio.sleep(0)
+        except Exception as error:
+            for stream in self._streams.values():
+                if not stream.done.done():
+                    stream.done.set_exception(error)
+            self._streams.clear()
+
+    def _accept(self, output: Any) -> None:
+        stream = self._streams[output.request_id]
+        completion = output.outputs[0]
+        new_ids: Sequence[int] = completion.token_ids
+        stream.token_ids.extend(new_ids)
+        flat = completion.logprobs
+        # One entry a position was asked for; the first entry of a position is the sampled token's.
+        stream.logprobs.extend(flat.logprobs[start] for start in flat.start_indices)
+        stream.versions.extend([self.policy_version] * len(new_ids))
+        if output.finished:
+            stream.finish_reason = completion.finish_reason or "unknown"
+            del self._streams[output.request_id]
+            stream.done.set_result(None)
+
+    def load_weights(self, buckets: Sequence[WeightBucket], policy_version: int) -> None:
+        """Take over new weights between two decoding steps; running requests go on with them."""
+        self._engine.collective_rpc("start_weight_update")
+        for bucket in buckets:
+            self._engine.collective_rpc("update_weights", args=({"bucket": bucket},))
+        self._engine.collective_rpc("finish_weight_update")
+        self.policy_version = policy_version
+
+    def shutdown(self) -> None:
+        """Stop the engine core; without it the interpreter can hang at its exit."""
+        self._engine.engine_core.shutdown()
+
+
+def _sampling_params(sampling: Sampling) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
