@@ -1,0 +1,262 @@
+"""One run from its checked config to its summary: Ray, the groups, evaluation, training, output, clean-up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from opd_ray.actors.group import WorkerGroup, remote_result, worker_env
+from opd_ray.actors.learner import LearnerGroup
+from opd_ray.actors.preflight import PreflightReport, PreflightSpec, preflight
+from opd_ray.actors.rollout import RolloutGroup
+from opd_ray.actors.teacher import TeacherGroup
+from opd_ray.config import RunConfig
+from opd_ray.controller import Controller, Groups, evaluate, evaluation_metrics
+from opd_ray.data.source import PromptSource
+from opd_ray.evaluation.scoring import EvaluationResult
+from opd_ray.placement import ResourcePlan, Share, plan_resources
+from opd_ray.replay.staleness import StoreConfig
+from opd_ray.replay.store import ReplayStore
+from opd_ray.report.table import results_table
+from opd_ray.run_folder import RunFolder
+from opd_ray.sources import evaluation_problems, model_path, training_prompts
+from opd_ray.telemetry.metrics import MetricsWriter
+from opd_ray.telemetry.progress import Progress
+from opd_ray.telemetry.sinks import Sinks, WandbSink
+from opd_ray.types import Prompt
+
+TEACHER_ENGINE_ROLE = "teacher-engine"
+STOP_S = 5.0
+
+logger = logging.getLogger("opd_ray")
+
+
+@dataclass(slots=True)
+class Evaluations:
+    """Results by moment; None where there was none."""
+
+    before: EvaluationResult | None = None
+    after: EvaluationResult | None = None
+    teacher: EvaluationResult | None = None
+
+    def as_dict(self) -> dict[str, dict[str, float] | None]:
+        """For the summary."""
+        results = {"before": self.before, "after": self.after, "teacher": self.teacher}
+        return {name: None if result is None else result.as_dict() for name, result in results.items()}
+
+
+def run_session(cfg: RunConfig, config_yaml: str, config_values: Mapping[str, Any]) -> dict[str, Any]:
+    """Run `cfg` to its end; returns the summary that was written, raises `OpdError`.
+
+    An error before training removes the run folder again; from then on the folder stays and tells how far it came.
+    """
+    prompts = training_prompts(cfg.data, cfg.seed)
+    problems = evaluation_problems(cfg)
+    folder = RunFolder.create(cfg.runs_dir, f"{cfg.experiment}-{cfg.scale}-s{cfg.seed}")
+    log_file = logging.FileHandler(folder.path / "run.log")
+    log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(log_file)
+    owns_ray = not ray.is_initialized()
+    session = Session(cfg, folder, config_values)
+    try:
+        folder.write_text("config.yaml", config_yaml)
+        return _run_interruptible(session.run(prompts, problems))
+    except BaseException as error:
+        session.note_failure(error)
+        raise
+    finally:
+        logger.removeHandler(log_file)
+        log_file.close()
+        if owns_ray and ray.is_initialized():
+            ray.shutdown()
+
+
+def _run_interruptible(main: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """Run a coroutine; SIGTERM ends it like Ctrl-C, so that its clean-up runs."""
+
+    async def with_signal() -> dict[str, Any]:
+        task = asyncio.current_task()
+        if task is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await main
+
+    try:
+        return asyncio.run(with_signal())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+@dataclass(slots=True)
+class Session:
+    """One run's actors, sinks and results."""
+
+    cfg: RunConfig
+    folder: RunFolder
+    config_values: Mapping[str, Any]
+    started: float = field(default_factory=time.monotonic)
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    is_training: bool = False
+    _groups: list[WorkerGroup] = field(default_factory=list)
+    _store: Any = None
+    _sinks: Sinks | None = None
+    _progress: Progress | None = None
+
+    async def run(self, prompts: list[Prompt], problems: list[Prompt]) -> dict[str, Any]:
+        """All phases; returns the summary."""
+        with Progress(self.cfg.num_steps, sys.stderr, self.cfg.telemetry.progress) as self._progress:
+            try:
+                self._progress.phase("starting Ray")
+                plan = self._start_ray()
+                self._progress.phase("checking models and prompts")
+                report = await self._preflight(prompts, problems)
+                source = PromptSource([prompts[i] for i in report.kept], self.cfg.seed, self.cfg.data.epochs or None)
+                controller = await self._start(plan, report, source, problems)
+                await self._train(controller, problems)
+                summary = await self._summary(controller)
+            finally:
+                await self._stop()
+        self.folder.finish(summary)
+        sys.stdout.write(self._closing_words())
+        return summary
+
+    def _start_ray(self) -> ResourcePlan:
+        if not ray.is_initialized():
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        have = ray.cluster_resources()
+        return plan_resources(self.cfg, have.get("CPU", 0.0), have.get("GPU", 0.0))
+
+    async def _preflight(self, prompts: list[Prompt], problems: list[Prompt]) -> PreflightReport:
+        spec = PreflightSpec.of(self.cfg, model_path(self.cfg.student.path), model_path(self.cfg.teacher.path))
+        remote: Any = ray.remote(preflight)
+        env = {"env_vars": worker_env(Share(ray_cpus=1, gpus=0, threads=1))}
+        ref = remote.options(num_cpus=1, max_retries=0, runtime_env=env).remote(spec, prompts, problems)
+        found: PreflightReport = await remote_result(ref, "preflight", self.cfg.deadline_s)
+        return found
+
+    async def _start(
+        self, plan: ResourcePlan, report: PreflightReport, source: PromptSource, problems: list[Prompt]
+    ) -> Controller:
+        """Start all actors, and evaluate teacher and student."""
+        cfg = self.cfg
+        self._phase("starting engines, teacher and learner")
+        groups = self._create_groups(plan, report)
+        teacher_engine = self._create_teacher_engine(plan) if problems and cfg.evaluation.teacher else None
+        await asyncio.gather(*(group.ready() for group in self._groups))
+        self._open_sinks()
+        if teacher_engine is not None:
+            self._phase("evaluating the teacher")
+            self.evaluations.teacher = await evaluate(cfg, teacher_engine, problems)
+            teacher_engine.shutdown()
+        if problems:
+            self._phase("evaluating the student before training")
+            self.evaluations.before = await evaluate(cfg, groups.rollout, problems)
+            self._log_metrics(0, evaluation_metrics(self.evaluations.before))
+        return Controller(cfg, groups, source, problems, self._log_metrics)
+
+    def _create_groups(self, plan: ResourcePlan, report: PreflightReport) -> Groups:
+        cfg = self.cfg
+        student, teacher = model_path(cfg.student.path), model_path(cfg.teacher.path)
+        store_config = StoreConfig(cfg.trajectories_per_step, cfg.replay.reuse, cfg.replay.max_staleness)
+        store_class: Any = ray.remote(ReplayStore)
+        self._store = store_class.options(name="replay-store", num_cpus=0, max_concurrency=1000).remote(store_config)
+        learner = LearnerGroup.create(cfg, plan.learner, student)
+        rollout = RolloutGroup.create(cfg, plan.rollout, [student] * cfg.rollout.num_engines)
+        scoring = TeacherGroup.create(cfg, plan.teacher, report.vocab_size, report.tokenizer_fingerprint, teacher)
+        self._groups += [learner, rollout, scoring]
+        return Groups(rollout=rollout, teacher=scoring, learner=learner, store=self._store)
+
+    def _create_teacher_engine(self, plan: ResourcePlan) -> RolloutGroup:
+        """An engine with the teacher's weights; on CPU it asks Ray for no share, as it only works while others wait."""
+        share = Share(ray_cpus=0, gpus=plan.rollout.gpus, threads=plan.rollout.threads)
+        engine = RolloutGroup.create(self.cfg, share, [model_path(self.cfg.teacher.path)], TEACHER_ENGINE_ROLE)
+        self._groups.append(engine)
+        return engine
+
+    async def _train(self, controller: Controller, problems: list[Prompt]) -> None:
+        self.is_training = True
+        self._phase("training")
+        try:
+            await controller.train()
+        finally:
+            self.folder.write_json("ledger.json", await controller.ledger())
+        if problems:
+            self._phase("evaluating the student after training")
+            self.evaluations.after = await evaluate(self.cfg, controller.rollout, problems)
+            self._log_metrics(controller.totals.steps, evaluation_metrics(self.evaluations.after))
+        self._phase("saving the student")
+        await controller.save_student(self.folder.path / "student")
+
+    async def _summary(self, controller: Controller) -> dict[str, Any]:
+        totals = controller.totals
+        return {
+            "experiment": self.cfg.experiment,
+            "scale": self.cfg.scale,
+            "seed": self.cfg.seed,
+            "steps": totals.steps,
+            "wall_s": time.monotonic() - self.started,
+            "training_s": totals.wall_s,
+            "tokens_per_s": totals.trained_tokens / totals.wall_s if totals.wall_s else 0.0,
+            "eval": self.evaluations.as_dict(),
+            "ledger": await controller.ledger(),
+        }
+
+    def _phase(self, text: str) -> None:
+        logger.info(text)
+        if self._progress is not None:
+            self._progress.phase(text)
+
+    def _open_sinks(self) -> None:
+        telemetry = self.cfg.telemetry
+        wandb = WandbSink(
+            telemetry.wandb, telemetry.wandb_project, self.folder.path.name, self.config_values, self.folder.path
+        )
+        self._sinks = Sinks([MetricsWriter(self.folder.path), wandb])
+
+    def _log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        if self._sinks is not None:
+            self._sinks.log(step, metrics)
+        if self._progress is not None:
+            self._progress.update(step, metrics)
+
+    async def _stop(self) -> None:
+        """End every actor; engines are asked first, as their interpreter can hang at its exit."""
+        stopping = [group.stop() for group in self._groups]
+        try:
+            await asyncio.wait_for(asyncio.gather(*stopping, return_exceptions=True), STOP_S)
+        except TimeoutError:
+            logger.warning("some actors did not stop within %g s and are killed", STOP_S)
+        for group in self._groups:
+            group.shutdown()
+        if self._store is not None:
+            ray.kill(self._store)
+        if self._sinks is not None:
+            self._sinks.close()
+
+    def note_failure(self, error: BaseException) -> None:
+        """Leave a consistent run folder after an error, or none if training had not begun."""
+        if not self.is_training:
+            shutil.rmtree(self.folder.path, ignore_errors=True)
+            return
+        interrupted = isinstance(error, (KeyboardInterrupt, asyncio.CancelledError))
+        logger.error("the run ended early: %s", "interrupted" if interrupted else error)
+        self.folder.mark("interrupted" if interrupted else "failed", None if interrupted else str(error))
+
+    def _closing_words(self) -> str:
+        table = results_table(self.evaluations.before, self.evaluations.after, self.evaluations.teacher)
+        latest = self.folder.path.parent / "latest"
+        return (
+            f"\n{table}\n\n"
+            f"run folder:  {self.folder.path}\n"
+            f"student:     {self.folder.path / 'student'} (for transformers and vLLM)\n"
+            f"next:        python -m opd_ray.main +experiment=lsm   # the same without the gate; then compare\n"
+            f"             {latest / 'summary.json'}\n"
+        )
