@@ -22,6 +22,7 @@ from opd_ray.actors.teacher import TeacherGroup
 from opd_ray.config import RunConfig
 from opd_ray.controller import Controller, Groups, evaluate, evaluation_metrics
 from opd_ray.data.source import PromptSource
+from opd_ray.errors import ActorError
 from opd_ray.evaluation.scoring import EvaluationResult
 from opd_ray.placement import ResourcePlan, Share, plan_resources
 from opd_ray.replay.staleness import StoreConfig
@@ -242,8 +243,8 @@ class Session:
             self._sinks.close()
 
     def note_failure(self, error: BaseException) -> None:
-        """Leave a consistent run folder after an error, or none if training had not begun."""
-        if not self.is_training:
+        """Leave a consistent run folder; none if training had not begun, unless its log holds an actor's traceback."""
+        if not self.is_training and not isinstance(error, ActorError):
             shutil.rmtree(self.folder.path, ignore_errors=True)
             return
         interrupted = isinstance(error, (KeyboardInterrupt, asyncio.CancelledError))
@@ -251,7 +252,7 @@ class Session:
         self.folder.mark("interrupted" if interrupted else "failed", None if interrupted else str(error))
 
     def _closing_words(self) -> str:
-        table = results_table(self.evaluations.before, self.evaluations.after, self.evaluations.teacher)
+        table = results_table(**self.evaluations.as_dict())
         latest = self.folder.path.parent / "latest"
         return (
             f"\n{table}\n\n"

@@ -11,12 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.sampling_params import RequestOutputKind
 
 from opd_ray.actors import weight_transfer
 from opd_ray.actors.weights import WeightBucket
+
+
+# Tokens of prompts that one step may take in on CPU.
+MIN_PREFILL_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,7 @@ class Engine:
                 async_scheduling=False,
                 # Cached prefixes would outlive the weights that made them.
                 enable_prefix_caching=False,
+                **_prefill_args(spec),
                 max_logprobs=1,
                 logprobs_mode="raw_logprobs",
                 weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
@@ -129,6 +135,16 @@ class Engine:
     def shutdown(self) -> None:
         """Stop the engine core; without it the interpreter can hang at its exit."""
         self._engine.engine_core.shutdown()
+
+
+def _prefill_args(spec: EngineSpec) -> dict[str, Any]:
+    """On CPU no prompt may be split over steps: vLLM would rewind the request's random generator, which torch cannot."""
+    if torch.cuda.is_available():
+        return {}
+    return {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(MIN_PREFILL_TOKENS, spec.max_model_tokens),
+    }
 
 
 def _sampling_params(sampling: Sampling) -> SamplingParams:

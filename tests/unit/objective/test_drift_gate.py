@@ -300,7 +300,7 @@ def test_equals_the_definition_and_has_unit_mean(batch: dict[str, Any], normaliz
         )
         for found, wanted in zip(
             (got.token_weights, got.segment_gate, got.segment_drift),
-            slow_gate(*arguments, normalize),
+            slow,
             strict=True,
         ):
             torch.testing.assert_close(

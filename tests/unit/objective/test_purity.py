@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import opd_ray.objective as objective
 
@@ -12,7 +14,14 @@ print(",".join(sorted(heavy & set(sys.modules))), "torch" in sys.modules)
 
 
 def test_a_fresh_interpreter_loads_torch_and_no_engine() -> None:
-    done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, check=False)
+    root = str(Path(objective.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK],
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True"]
 
