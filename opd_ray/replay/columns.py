@@ -29,9 +29,8 @@ def flat_values(column: ArrowArray) -> Array:
     if not pa.types.is_fixed_size_list(values.type):
         array: Array = values.to_numpy(zero_copy_only=True)
         return array
-    top_k = values.type.list_size
-    flat: Array = values.values.to_numpy(zero_copy_only=True).reshape(-1, top_k)
-    return flat[values.offset : values.offset + len(values)]
+    flat: Array = values.flatten().to_numpy(zero_copy_only=True)
+    return flat.reshape(-1, values.type.list_size)
 
 
 def row_views(batch: pa.RecordBatch, name: str) -> list[Array]:

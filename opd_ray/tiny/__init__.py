@@ -1,0 +1,1 @@
+"""The embedded default: a task, its tokenizer, a teacher, a student, and the recipe that rebuilds them."""

@@ -1,0 +1,51 @@
+"""Trajectories to encode in tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from opd_ray.replay.codec import add_teacher_columns, decode, encode_rollouts
+from opd_ray.replay.rows import RolloutRow
+from opd_ray.replay.schema import BatchSpec
+from opd_ray.replay.versions import version_segments
+
+Arrays = list[np.ndarray]
+
+FINGERPRINT = "tok-1"
+ROLLOUT = BatchSpec(FINGERPRINT)
+
+
+def trajectory(slot: int, num_tokens: int, rng: np.random.Generator) -> RolloutRow:
+    starts, values = version_segments(np.sort(rng.integers(0, 3, num_tokens)))
+    return RolloutRow(
+        slot=slot,
+        prompt_id=f"prompt-{slot}",
+        prompt_token_ids=rng.integers(0, 100, 5, dtype=np.int32),
+        response_token_ids=rng.integers(0, 100, num_tokens, dtype=np.int32),
+        behavior_logprobs=-rng.random(num_tokens, dtype=np.float32),
+        version_starts=starts,
+        version_values=values,
+        finish_reason="stop",
+        temperature=1.0,
+        top_p=0.75,
+    )
+
+
+def trajectories(lengths: list[int], seed: int = 0) -> list[RolloutRow]:
+    rng = np.random.default_rng(seed)
+    return [trajectory(slot, length, rng) for slot, length in enumerate(lengths)]
+
+
+def teacher_arrays(lengths: list[int], top_k: int, seed: int = 1) -> tuple[Arrays, Arrays, Arrays]:
+    rng = np.random.default_rng(seed)
+    return (
+        [-rng.random(length, dtype=np.float32) for length in lengths],
+        [rng.integers(0, 100, (length, top_k), dtype=np.int64) for length in lengths],
+        [-10 * rng.random((length, top_k), dtype=np.float32) for length in lengths],
+    )
+
+
+def scored_buffer(lengths: list[int], spec: BatchSpec) -> pa.Buffer:
+    rollouts = decode(encode_rollouts(trajectories(lengths), ROLLOUT))
+    return add_teacher_columns(rollouts, *teacher_arrays(lengths, spec.top_k), spec)

@@ -1,0 +1,53 @@
+"""Helpers for tests of the store: receipts, and calls that must not wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from opd_ray.types import BatchReceipt, TrajectoryReceipt
+
+Result = TypeVar("Result")
+
+
+class Payload:
+    """An opaque payload that weak references can watch."""
+
+
+def receipt(slots: tuple[int, ...] | list[int], versions: dict[int, int] | int = 0) -> BatchReceipt:
+    """A receipt whose rows are in the order of `slots`; `versions`: oldest token, by slot or for all."""
+    return BatchReceipt(
+        trajectories=tuple(
+            TrajectoryReceipt(
+                slot=slot,
+                prompt_id=f"p{slot}",
+                row=row,
+                num_prompt_tokens=3,
+                num_response_tokens=10 + slot,
+                oldest_version=versions if isinstance(versions, int) else versions[slot],
+                newest_version=versions if isinstance(versions, int) else versions[slot],
+                finish_reason="stop",
+            )
+            for row, slot in enumerate(slots)
+        ),
+        worker="teacher-0",
+        busy_s=0.1,
+        num_bytes=100 * len(slots),
+    )
+
+
+class WaitsError(Exception):
+    """The call did not return at once."""
+
+
+async def at_once(call: Coroutine[Any, Any, Result]) -> Result:
+    """The call's result; raises `WaitsError`, and cancels it, if it has none yet."""
+    task = asyncio.ensure_future(call)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    if not task.done():
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise WaitsError
+    return task.result()

@@ -1,0 +1,219 @@
+"""Every config key: composed by Hydra, ranged, and refused in one line when it is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+
+from opd_ray.config import RunConfig
+from opd_ray.config_checks import check_config
+from opd_ray.errors import ConfigError
+from opd_ray.main import conf_dir, to_run_config
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = {
+    "opd": ("opd", "off"),
+    "opd_block64": ("opd", "block"),
+    "opd_newline": ("opd", "newline"),
+    "lsm": ("lsm", "off"),
+    "lsm_block64": ("lsm", "block"),
+    "lsm_newline": ("lsm", "newline"),
+}
+
+
+def composed(*overrides: str) -> RunConfig:
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        return to_run_config(compose("run", list(overrides)))
+
+
+def leaves(part: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    for item in dataclasses.fields(part):
+        value = getattr(part, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item
+
+
+LEAVES = list(leaves(RunConfig()))
+RANGED = [(key, item) for key, item in LEAVES if {"ge", "gt", "le"} & set(item.metadata)]
+
+
+@pytest.mark.parametrize("scale", ["tiny", "smollm2", "qwen3_1p7b"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_at_every_scale(experiment: str, scale: str) -> None:
+    cfg = composed(f"+experiment={experiment}", f"scale={scale}")
+    objective, gate = EXPERIMENTS[experiment]
+    assert (cfg.experiment, cfg.scale) == (experiment, scale)
+    assert (cfg.objective.kind.name, cfg.gate.kind.name) == (objective, gate)
+    assert cfg.gate.tau == 1.0
+    assert gate != "block" or cfg.gate.block_size == 64
+
+
+def test_every_experiment_file_is_tested() -> None:
+    assert {path.stem for path in (conf_dir() / "experiment").glob("*.yaml")} == set(EXPERIMENTS)
+
+
+def test_the_papers_line_is_the_papers() -> None:
+    cfg = composed("+experiment=lsm_block64", "scale=qwen3_1p7b")
+    assert cfg.student.path == "Qwen/Qwen3-1.7B-Base"
+    assert cfg.teacher.path.endswith("Qwen3-4B-Base-GRPO")
+    assert (cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt) == (4, 8)
+    assert (cfg.data.max_prompt_tokens, cfg.rollout.max_response_tokens) == (2048, 16384)
+    assert (cfg.learner.lr, cfg.teacher.top_k, cfg.gate.tau) == (2e-6, 32, 1.0)
+    assert (cfg.replay.reuse, cfg.replay.max_staleness, cfg.rollout.top_p) == (2, 0, 0.9)
+    # 200 rollout batches, each used for `reuse` optimizer steps.
+    assert cfg.num_steps == 200 * cfg.replay.reuse
+
+
+def test_scale_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPD_SCALE", "smollm2")
+    assert composed("+experiment=lsm").scale == "smollm2"
+    assert composed("+experiment=lsm", "scale=tiny").scale == "tiny"
+
+
+def test_groups_can_be_chosen_over_the_scale() -> None:
+    assert composed("scale=smollm2", "data=tiny").data.path == "tiny:train"
+    assert composed("replay=overlap").replay.max_staleness > 0
+    assert composed("logger=none").telemetry.wandb.name == "disabled"
+
+
+def test_ranges_are_given_to_most_numbers() -> None:
+    numbers = [key for key, item in LEAVES if item.type in ("int", "float")]
+    assert {key for key, _ in RANGED} == set(numbers)
+
+
+def just_outside(item: dataclasses.Field[Any]) -> list[float]:
+    meta = item.metadata
+    step = 1 if item.type == "int" else 1e-6
+    values: list[float] = []
+    if meta["ge"] is not None:
+        values.append(meta["ge"] - step)
+    if meta["gt"] is not None:
+        values.append(meta["gt"])
+    if meta["le"] is not None:
+        values.append(meta["le"] + step)
+    return values if item.type == "int" else [*values, math.nan, math.inf]
+
+
+@pytest.mark.parametrize(("key", "item"), RANGED, ids=[key for key, _ in RANGED])
+def test_a_value_out_of_range_is_refused_by_name(key: str, item: dataclasses.Field[Any]) -> None:
+    for value in just_outside(item):
+        cfg = composed()
+        *parts, name = key.split(".")
+        target: Any = cfg
+        for part in parts:
+            target = getattr(target, part)
+        setattr(target, name, value)
+        with pytest.raises(ConfigError) as caught:
+            check_config(cfg)
+        text = str(caught.value)
+        assert text.startswith(f"{key}={value} ") and "\n" not in text
+        assert ">=" in text or ">" in text
+
+
+CONTRADICTIONS = [
+    ("teacher.top_k=1", "teacher.top_k=1"),
+    ("rollout.num_engines=5", "rollout.num_engines=5"),
+    ("learner.num_ranks=64", "learner.num_ranks=64"),
+    ("learner.warmup_steps=500", "learner.warmup_steps=500"),
+    ("data.template=chat_with_solution", "data.template=chat_with_solution"),
+    ("student.path=''", "student.path"),
+    ("data.path=''", "data.path"),
+]
+
+
+@pytest.mark.parametrize(("override", "named"), CONTRADICTIONS)
+def test_contradictions_are_refused_by_name(override: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
+        composed("+experiment=lsm", override)
+
+
+def test_gate_spans_must_fit() -> None:
+    with pytest.raises(ConfigError, match="gate.max_span=8"):
+        composed("+experiment=lsm_newline", "gate.max_span=8")
+
+
+def test_k_of_one_is_fine_without_lsm() -> None:
+    assert composed("+experiment=opd", "teacher.top_k=1").teacher.top_k == 1
+
+
+def read_keys() -> set[str]:
+    """Attribute names that the package's code reads, config files' own modules aside."""
+    import ast
+
+    names = set()
+    for path in (ROOT / "opd_ray").rglob("*.py"):
+        if path.name == "config.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                names.add(node.attr)
+    return names
+
+
+def test_no_key_is_dead() -> None:
+    dead = [key for key, _ in LEAVES if key.split(".")[-1] not in read_keys()]
+    assert not dead, f"config keys that no code reads: {dead}"
+
+
+def test_every_key_has_a_doc() -> None:
+    assert [key for key, item in LEAVES if not item.metadata.get("doc")] == []
+
+
+def run_main(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "opd_ray.main", *args], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+BAD_CALLS = {
+    "+experiment=nope": ["nope", "lsm_block64"],
+    "scale=huge": ["huge", "qwen3_1p7b"],
+    "learner.lr=abc": ["learner.lr", "abc"],
+    "learner.zero_stage=7": ["learner.zero_stage=7", "<= 3"],
+    "learner.foo=3": ["foo"],
+    "gate.kind=x": ["gate.kind", "block"],
+    "experiment=lsm": ["+experiment=lsm"],
+    "data.path=missing.jsonl": ["missing.jsonl"],
+    "teacher.path=tiny:nothing data.path=tiny:nothing": ["tiny:nothing"],
+}
+
+
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_a_bad_call_ends_in_one_line(call: str, tmp_path: Path) -> None:
+    done = run_main(*call.split(), f"runs_dir={tmp_path / 'runs'}")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("opd_ray: error: ")
+    assert all(word in done.stderr for word in BAD_CALLS[call]), done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_and_cfg_answer_without_the_engines() -> None:
+    """They take under 2 s on an idle machine as long as nothing heavy is imported."""
+    help_text = run_main("--help")
+    assert "lsm_block64" in help_text.stdout and "replay" in help_text.stdout
+    assert "num_steps: 100" in run_main("+experiment=lsm_block64", "num_steps=100", "--cfg", "job").stdout
+    code = (
+        "import sys; sys.argv = ['x', '+experiment=lsm', '--cfg', 'job'];"
+        "import runpy\n"
+        "try:\n    runpy.run_module('opd_ray.main', run_name='__main__')\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'ray', 'vllm', 'deepspeed', 'transformers', 'pyarrow'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
