@@ -166,7 +166,9 @@ class Session:
     def _create_groups(self, plan: ResourcePlan, report: PreflightReport) -> Groups:
         cfg = self.cfg
         student, teacher = model_path(cfg.student.path), model_path(cfg.teacher.path)
-        store_config = StoreConfig(cfg.trajectories_per_step, cfg.replay.reuse, cfg.replay.max_staleness)
+        store_config = StoreConfig(
+            cfg.trajectories_per_step, cfg.replay.reuse, cfg.replay.max_staleness, cfg.num_steps
+        )
         store_class: Any = ray.remote(ReplayStore)
         self._store = store_class.options(name="replay-store", num_cpus=0, max_concurrency=1000).remote(store_config)
         learner = LearnerGroup.create(cfg, plan.learner, student)

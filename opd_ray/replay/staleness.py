@@ -28,7 +28,8 @@ With n = `trajectories_per_step` and R = `reuse`:
 In an undisturbed run cohort j is first visited at version j * R and q = live - n * (cohorts formed), where
 live counts every slot ever acquired, the trained ones too. The rule then reads
 ``(live // n) * R - version <= max_staleness``, and with R = 1 it is the classic bound of
-``(max_staleness + 1) * n`` slots acquired and not yet released.
+``(max_staleness + 1) * n`` slots acquired and not yet released. A learner that stops at `final_version` visits
+no cohort from then on, so a slot with ``first_visit_version(q) >= final_version`` is refused as well.
 
 Bound
 -----
@@ -80,12 +81,14 @@ class StoreConfig:
     """What the replay store is told; raises `ConfigError` when a value is out of range.
 
     `trajectories_per_step` (at least 1) is the size of a cohort, `reuse` (at least 1) its number of visits,
-    and `max_staleness` (at least 0, optimizer steps) the bound at the first visit; 0 is lock-step.
+    and `max_staleness` (at least 0, optimizer steps) the bound at the first visit; 0 is lock-step. The learner
+    stops at `final_version` (None: never): slots that would first be visited then or later are not given out.
     """
 
     trajectories_per_step: int
     reuse: int = 1
     max_staleness: int = 0
+    final_version: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("trajectories_per_step", 1), ("reuse", 1), ("max_staleness", 0)):
@@ -124,7 +127,10 @@ def first_visit_version(num_queued: int, next_version: int, config: StoreConfig)
 
 def may_acquire(num_queued: int, next_version: int, version: int, config: StoreConfig) -> bool:
     """Whether one more slot may be acquired while `num_queued` are queued and `version` is published."""
-    return first_visit_version(num_queued, next_version, config) - version <= config.max_staleness
+    first_visit = first_visit_version(num_queued, next_version, config)
+    if config.final_version is not None and first_visit >= config.final_version:
+        return False
+    return first_visit - version <= config.max_staleness
 
 
 def num_acquirable(num_queued: int, next_version: int, version: int, config: StoreConfig) -> int:
@@ -133,4 +139,7 @@ def num_acquirable(num_queued: int, next_version: int, version: int, config: Sto
     if slack < 0:
         return 0
     admissible_cohorts = slack // config.reuse + 1
+    if config.final_version is not None:
+        cohorts_left = -(-(config.final_version - next_version) // config.reuse)
+        admissible_cohorts = min(admissible_cohorts, cohorts_left)
     return max(0, admissible_cohorts * config.trajectories_per_step - num_queued)

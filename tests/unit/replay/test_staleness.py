@@ -100,15 +100,24 @@ def test_reuse_one_is_the_classic_in_flight_bound() -> None:
     st.integers(1, 9),
     st.integers(1, 4),
     st.integers(0, 6),
+    st.one_of(st.none(), st.integers(0, 25)),
 )
 def test_num_acquirable_is_may_acquire_repeated(
-    queued: int, next_version: int, version: int, size: int, reuse: int, bound: int
+    queued: int, next_version: int, version: int, size: int, reuse: int, bound: int, final: int | None
 ) -> None:
-    config = StoreConfig(size, reuse, bound)
+    config = StoreConfig(size, reuse, bound, final)
     count = 0
     while may_acquire(queued + count, next_version, version, config):
         count += 1
     assert num_acquirable(queued, next_version, version, config) == count
+
+
+def test_no_slot_is_given_out_that_the_learner_would_not_reach() -> None:
+    # Five steps with two visits each: cohorts are first visited at versions 0, 2 and 4, and there is no fourth.
+    config = StoreConfig(trajectories_per_step=4, reuse=2, max_staleness=10, final_version=5)
+    assert num_acquirable(0, 0, 0, config) == 12
+    assert num_acquirable(0, 4, 4, config) == 4
+    assert num_acquirable(0, 6, 5, config) == 0
 
 
 @pytest.mark.parametrize("arguments", [(0, 1, 0), (4, 0, 0), (4, 1, -1)])
