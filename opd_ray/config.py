@@ -157,7 +157,8 @@ class DataConfig:
 
     path: str = documented("", "JSONL or parquet file, `hub:OWNER/NAME`, or `tiny:train`")
     fields: dict[str, str] = field(
-        default_factory=dict, metadata={"doc": "names of the columns for problem, answer, solution, id, if they differ"}
+        default_factory=dict,
+        metadata={"doc": "names of the columns for problem, answer, solution, id, if they differ"},
     )
     template: Template = documented(Template.completion, "template of the prompt that the student sees")
     num_prompts: int = ranged(0, "prompts taken from the source, 0 = all", ge=0)
@@ -243,7 +244,8 @@ class EvaluationConfig:
 
     path: str = documented("", "JSONL or parquet file, `hub:OWNER/NAME:split`, or `tiny:test`; empty = no evaluation")
     fields: dict[str, str] = field(
-        default_factory=dict, metadata={"doc": "names of the columns for problem, answer, solution, id, if they differ"}
+        default_factory=dict,
+        metadata={"doc": "names of the columns for problem, answer, solution, id, if they differ"},
     )
     num_problems: int = ranged(64, "problems taken from the source, 0 = all", ge=0)
     samples_per_problem: int = ranged(8, "samples a problem, n", ge=1)

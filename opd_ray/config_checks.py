@@ -46,7 +46,11 @@ def _range_text(low: float | None, above: float | None, high: float | None) -> s
 
 
 def _check_paths(cfg: RunConfig) -> None:
-    required = {"student.path": cfg.student.path, "teacher.path": cfg.teacher.path, "data.path": cfg.data.path}
+    required = {
+        "student.path": cfg.student.path,
+        "teacher.path": cfg.teacher.path,
+        "data.path": cfg.data.path,
+    }
     for key, value in required.items():
         if not value:
             raise ConfigError(f"{key} is empty: choose a scale with scale=tiny|smollm2|qwen3_1p7b, or set {key}=PATH")
@@ -75,8 +79,8 @@ def _check_groups(cfg: RunConfig) -> None:
         )
     if cfg.trajectories_per_step < cfg.learner.num_ranks:
         raise ConfigError(
-            f"learner.num_ranks={cfg.learner.num_ranks} exceeds the {cfg.trajectories_per_step} trajectories of a step: "
-            f"give learner.num_ranks <= {cfg.trajectories_per_step}"
+            f"learner.num_ranks={cfg.learner.num_ranks} exceeds the {cfg.trajectories_per_step} trajectories of a "
+            f"step: give learner.num_ranks <= {cfg.trajectories_per_step}"
         )
     if cfg.learner.warmup_steps >= cfg.num_steps and cfg.learner.warmup_steps > 0:
         raise ConfigError(

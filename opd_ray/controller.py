@@ -83,7 +83,12 @@ class Controller:
     """Runs the two loops until `num_steps` optimizer steps are done or the prompts have ended."""
 
     def __init__(
-        self, cfg: RunConfig, groups: Groups, source: PromptSource, problems: list[Prompt], log_metrics: LogMetrics
+        self,
+        cfg: RunConfig,
+        groups: Groups,
+        source: PromptSource,
+        problems: list[Prompt],
+        log_metrics: LogMetrics,
     ) -> None:
         self._cfg = cfg
         self._groups = groups
@@ -219,7 +224,12 @@ class Controller:
 
     async def _evaluate_in_training(self) -> dict[str, float]:
         every = self._cfg.evaluation.every
-        if not every or not self._problems or self._policy_version % every or self._policy_version == self._cfg.num_steps:
+        if (
+            not every
+            or not self._problems
+            or self._policy_version % every
+            or self._policy_version == self._cfg.num_steps
+        ):
             return {}
         await self.publish()
         return evaluation_metrics(await evaluate(self._cfg, self._groups.rollout, self._problems))

@@ -38,7 +38,9 @@ def convert(gguf: Path, folder: Path) -> int:
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config, dtype=torch.float32
+    )
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     with committed_folder(folder) as temporary:

@@ -54,8 +54,20 @@ def plan_resources(cfg: RunConfig, total_cpus: float, total_gpus: float) -> Reso
     take_turns = cfg.replay.max_staleness == 0
     group_cpus = total_cpus if take_turns else total_cpus / _NUM_GROUPS
     requests = [
-        _request("rollout.num_engines", cfg.rollout.num_engines, cfg.rollout.num_cpus, cfg.rollout.num_gpus, group_cpus),
-        _request("teacher.num_workers", cfg.teacher.num_workers, cfg.teacher.num_cpus, cfg.teacher.num_gpus, group_cpus),
+        _request(
+            "rollout.num_engines",
+            cfg.rollout.num_engines,
+            cfg.rollout.num_cpus,
+            cfg.rollout.num_gpus,
+            group_cpus,
+        ),
+        _request(
+            "teacher.num_workers",
+            cfg.teacher.num_workers,
+            cfg.teacher.num_cpus,
+            cfg.teacher.num_gpus,
+            group_cpus,
+        ),
         _request("learner.num_ranks", cfg.learner.num_ranks, cfg.learner.num_cpus, cfg.learner.num_gpus, group_cpus),
     ]
     for request in requests:

@@ -132,7 +132,7 @@ class Session:
     def _start_ray(self) -> ResourcePlan:
         if not ray.is_initialized():
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
-        have = ray.cluster_resources()
+        have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         return plan_resources(self.cfg, have.get("CPU", 0.0), have.get("GPU", 0.0))
 
     async def _preflight(self, prompts: list[Prompt], problems: list[Prompt]) -> PreflightReport:
@@ -166,9 +166,7 @@ class Session:
     def _create_groups(self, plan: ResourcePlan, report: PreflightReport) -> Groups:
         cfg = self.cfg
         student, teacher = model_path(cfg.student.path), model_path(cfg.teacher.path)
-        store_config = StoreConfig(
-            cfg.trajectories_per_step, cfg.replay.reuse, cfg.replay.max_staleness, cfg.num_steps
-        )
+        store_config = StoreConfig(cfg.trajectories_per_step, cfg.replay.reuse, cfg.replay.max_staleness, cfg.num_steps)
         store_class: Any = ray.remote(ReplayStore)
         self._store = store_class.options(name="replay-store", num_cpus=0, max_concurrency=1000).remote(store_config)
         learner = LearnerGroup.create(cfg, plan.learner, student)
@@ -220,7 +218,11 @@ class Session:
     def _open_sinks(self) -> None:
         telemetry = self.cfg.telemetry
         wandb = WandbSink(
-            telemetry.wandb, telemetry.wandb_project, self.folder.path.name, self.config_values, self.folder.path
+            telemetry.wandb,
+            telemetry.wandb_project,
+            self.folder.path.name,
+            self.config_values,
+            self.folder.path,
         )
         self._sinks = Sinks([MetricsWriter(self.folder.path), wandb])
 

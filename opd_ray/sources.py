@@ -51,6 +51,12 @@ def _tiny_prompts(path: str, num_prompts: int, seed: int) -> list[Prompt]:
     if split not in ("train", "test"):
         raise DataError(f"data set {path!r} is unknown: give tiny:train, tiny:test, a file or hub:OWNER/NAME:SPLIT")
     return [
-        Prompt(id=problem.id, problem=problem.problem, answer=problem.answer, solution=problem.solution, index=index)
+        Prompt(
+            id=problem.id,
+            problem=problem.problem,
+            answer=problem.answer,
+            solution=problem.solution,
+            index=index,
+        )
         for index, problem in enumerate(problems(split, num_prompts or _TINY_DEFAULT_PROMPTS, seed))
     ]

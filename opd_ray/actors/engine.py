@@ -19,7 +19,6 @@ from vllm.sampling_params import RequestOutputKind
 from opd_ray.actors import weight_transfer
 from opd_ray.actors.weights import WeightBucket
 
-
 # Tokens of prompts that one step may take in on CPU.
 MIN_PREFILL_TOKENS = 4096
 
@@ -104,7 +103,7 @@ class Engine:
                     self._accept(output)
                 # Lets other calls of the actor in between two decoding steps (load_weights above all).
                 await asyncio.sleep(0)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (whatever the engine raises goes to those who wait)
             for stream in self._streams.values():
                 if not stream.done.done():
                     stream.done.set_exception(error)
@@ -138,7 +137,7 @@ class Engine:
 
 
 def _prefill_args(spec: EngineSpec) -> dict[str, Any]:
-    """On CPU no prompt may be split over steps: vLLM would rewind the request's random generator, which torch cannot."""
+    """On CPU no prompt may be split over steps: vLLM would then rewind a random generator, which torch cannot."""
     if torch.cuda.is_available():
         return {}
     return {

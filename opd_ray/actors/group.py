@@ -97,7 +97,8 @@ async def remote_result(ref: Any, actor: str, deadline_s: float) -> Any:
         return await asyncio.wait_for(_awaited(ref), timeout=deadline_s)
     except (TimeoutError, GetTimeoutError) as error:
         raise ActorError(
-            f"actor {actor} gave no answer in {deadline_s:g} s: look at its log in the Ray dashboard, or raise deadline_s"
+            f"actor {actor} gave no answer in {deadline_s:g} s: look at its log in the Ray "
+            "dashboard, or raise deadline_s"
         ) from error
     except RayTaskError as error:
         cause = error.cause

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+import ray.util
 
 from opd_ray.actors.group import WorkerGroup
 from opd_ray.actors.step_report import RankReport
@@ -71,7 +72,8 @@ class LearnerWorker:
         """Host address and a free port, for the ranks to meet at."""
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+            host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            return host, int(probe.getsockname()[1])
 
     def setup(self, host: str, port: int) -> None:
         """Join the other ranks and load the student; blocks until all ranks are there."""

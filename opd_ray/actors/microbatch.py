@@ -111,9 +111,7 @@ def token_losses(
     )
 
 
-def gate_weights(
-    batch: Microbatch, cfg: GateConfig, current: Tensor, behavior: Tensor, segments: Tensor
-) -> GateResult:
+def gate_weights(batch: Microbatch, cfg: GateConfig, current: Tensor, behavior: Tensor, segments: Tensor) -> GateResult:
     """The gate of the microbatch, raw unless normalised by sequence; fresh trajectories have drift exactly zero."""
     current_rows, behavior_rows = batch.to_rows(current), batch.to_rows(behavior)
     behavior_rows = torch.where(batch.is_fresh[:, None], current_rows, behavior_rows)

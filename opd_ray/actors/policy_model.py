@@ -40,7 +40,12 @@ class PolicyModel(nn.Module):
         return weight
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, sampled_ids: Tensor, support_ids: Tensor | None, mode: LogprobMode
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        sampled_ids: Tensor,
+        support_ids: Tensor | None,
+        mode: LogprobMode,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits of the support [N, K] and log-probs of the sampled tokens [N] (each None if not asked for).
 

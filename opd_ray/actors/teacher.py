@@ -102,9 +102,10 @@ class TeacherWorker:
             sampled_ids = torch.from_numpy(np.concatenate([responses[i] for i in members]).astype(np.int64))
             with torch.inference_mode():
                 outputs = self._score_block(block, sampled_ids)
-            parts = [value.split(block.lengths) for value in outputs]
-            for place, member in enumerate(members):
-                results[member] = tuple(part[place].numpy() for part in parts)  # type: ignore[assignment]
+            parts = [torch.split(value, list(block.lengths)) for value in outputs]
+            for member, *row in zip(members, *parts, strict=True):
+                sampled, ids, logprobs = (value.numpy() for value in row)
+                results[member] = (sampled, ids, logprobs)
         return results
 
     def _score_block(self, block: PaddedRows, sampled_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -191,8 +191,8 @@ class Trainer:
         if current is None:
             return micro.engine_logprobs
         parts = []
-        own = current.detach().float().split(micro.block.lengths)
-        engine = micro.engine_logprobs.split(micro.block.lengths)
+        own = torch.split(current.detach().float(), list(micro.block.lengths))
+        engine = torch.split(micro.engine_logprobs, list(micro.block.lengths))
         for info, mine, theirs in zip(micro.infos, own, engine, strict=True):
             if info.visits == 1 and info.staleness == 0:
                 self._compare(mine, theirs, report)
@@ -224,7 +224,10 @@ class Trainer:
         if not bool(own[micro.valid].isfinite().all()):
             raise DivergedError("the student's log-probs are not finite: lower learner.lr")
         result = gate_weights(
-            micro, gate, own, torch.zeros_like(own) if current is None else behavior,
+            micro,
+            gate,
+            own,
+            torch.zeros_like(own) if current is None else behavior,
             segment_ids(micro, gate, self._newlines),
         )
         report.segments = SegmentStats.join([report.segments, segment_stats(micro, result)])
@@ -276,4 +279,3 @@ class Trainer:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
-

@@ -53,11 +53,12 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
 
     def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
         """Load one bucket through the model's own checkpoint loader."""
-        self.model.load_weights(unpack_bucket(update_info.bucket))
+        model: Any = self.model
+        model.load_weights(unpack_bucket(update_info.bucket))
 
     def finish_weight_update(self) -> None:
         """Repack the weights for inference."""
-        finalize_layerwise_reload(self.model, self.model_config)
+        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
 
     def shutdown(self) -> None:
         """Nothing to release."""

@@ -42,7 +42,7 @@ class WeightBucket:
     def checksum(self) -> str:
         """xxh3-128 over the specs and the bytes."""
         digest = xxhash.xxh3_128(repr(self.specs).encode())
-        digest.update(self.data)
+        digest.update(self.data)  # type: ignore[arg-type]  # an array is a buffer
         return digest.hexdigest()
 
 
@@ -70,7 +70,9 @@ def _pack(tensors: list[tuple[str, torch.Tensor]]) -> WeightBucket:
     for name, tensor in tensors:
         end = offset + tensor.nbytes
         data[offset:end] = tensor.reshape(-1).view(torch.uint8).numpy()
-        specs.append(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset, end - offset))
+        specs.append(
+            TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset, end - offset)
+        )
         offset = end
     return WeightBucket(tuple(specs), data)
 

@@ -31,9 +31,7 @@ class FieldMap:
         # A name that the user gave must be found; a default may be absent.
         self._required = {"problem", *(field for field, name in (names or {}).items() if name)}
         if not self._names["problem"]:
-            raise DataError(
-                "field 'problem' of the prompt data has no name: give the key that holds the problem"
-            )
+            raise DataError("field 'problem' of the prompt data has no name: give the key that holds the problem")
 
     def columns(self, names: list[str]) -> list[str]:
         """Which of the columns `names` to read; all, if a needed one is missing, for a telling error."""
@@ -45,9 +43,7 @@ class FieldMap:
     def prompt(self, row: Any, index: int, where: str) -> Prompt:
         """The prompt in `row`, the source's row `index` (0-based); `where` names it in errors."""
         if not isinstance(row, Mapping):
-            raise DataError(
-                f"{where}: the row is {_kind(row)}: give an object with {self._names['problem']!r}"
-            )
+            raise DataError(f"{where}: the row is {_kind(row)}: give an object with {self._names['problem']!r}")
         prompt = Prompt(
             id=self._scalar(row, "id", where) or f"row-{index}",
             problem=self._problem(row, where),
@@ -57,9 +53,7 @@ class FieldMap:
         )
         for field in DEFAULT_FIELDS:
             if _is_broken(getattr(prompt, field)):
-                raise DataError(
-                    f"{where}: {self._names[field]!r} is not valid Unicode: write the file as UTF-8"
-                )
+                raise DataError(f"{where}: {self._names[field]!r} is not valid Unicode: write the file as UTF-8")
         return prompt
 
     def _problem(self, row: Mapping[str, Any], where: str) -> str:
@@ -98,8 +92,7 @@ class FieldMap:
                 value = value.get(key) if isinstance(value, Mapping) else None
         if value is None and field in self._required:
             raise DataError(
-                f"{where}: the row has no {name!r} (keys: {_keys(row)}): "
-                f"add it, or map {field!r} in data.fields"
+                f"{where}: the row has no {name!r} (keys: {_keys(row)}): add it, or map {field!r} in data.fields"
             )
         return value
 

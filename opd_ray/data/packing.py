@@ -20,13 +20,9 @@ def plan_microbatches(lengths: Sequence[int], num_ranks: int, tokens_per_microba
     depends on the arguments alone. Raises `ConfigError` on a bad size, `DataError` on a length under 1.
     """
     if num_ranks < 1 or tokens_per_microbatch < 1:
-        raise ConfigError(
-            f"{num_ranks} ranks and {tokens_per_microbatch} tokens a microbatch: give at least 1 of each"
-        )
+        raise ConfigError(f"{num_ranks} ranks and {tokens_per_microbatch} tokens a microbatch: give at least 1 of each")
     if lengths and min(lengths) < 1:
-        raise DataError(
-            f"trajectory {list(lengths).index(min(lengths))} has {min(lengths)} tokens: give at least 1"
-        )
+        raise DataError(f"trajectory {list(lengths).index(min(lengths))} has {min(lengths)} tokens: give at least 1")
     by_rank = [_pack(rank, lengths, tokens_per_microbatch) for rank in _assign(lengths, num_ranks)]
     most = max(len(microbatches) for microbatches in by_rank)
     return tuple((*microbatches, *((),) * (most - len(microbatches))) for microbatches in by_rank)

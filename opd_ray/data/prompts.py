@@ -68,16 +68,12 @@ def _rows(path: str, field_map: FieldMap) -> Rows:
             raise DataError(f"{path}: the folder has no .parquet file: give a file or a folder that has some")
         return (row for file in files for row in _parquet_rows(file, field_map))
     if not source.is_file():
-        raise DataError(
-            f"{path}: no such file: give a .jsonl or .parquet file, a folder, or hub:OWNER/NAME:SPLIT"
-        )
+        raise DataError(f"{path}: no such file: give a .jsonl or .parquet file, a folder, or hub:OWNER/NAME:SPLIT")
     if source.suffix == ".parquet":
         return _parquet_rows(source, field_map)
     if source.suffix in JSON_SUFFIXES:
         return _json_rows(source)
-    raise DataError(
-        f"{path}: suffix {source.suffix!r} is unknown: give {', '.join(JSON_SUFFIXES)} or .parquet"
-    )
+    raise DataError(f"{path}: suffix {source.suffix!r} is unknown: give {', '.join(JSON_SUFFIXES)} or .parquet")
 
 
 def _json_rows(file: Path) -> Rows:
@@ -95,9 +91,7 @@ def _parse(line: bytes, where: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:  # UnicodeDecodeError too
-        raise DataError(
-            f"{where}: the line is not JSON ({error}): write one JSON object a line, in UTF-8"
-        ) from error
+        raise DataError(f"{where}: the line is not JSON ({error}): write one JSON object a line, in UTF-8") from error
 
 
 def _parquet_rows(file: Path, field_map: FieldMap) -> Rows:
@@ -116,9 +110,7 @@ def _parquet_rows(file: Path, field_map: FieldMap) -> Rows:
 def _hub_rows(path: str) -> Rows:
     name, *rest = path.removeprefix(HUB_PREFIX).split(":")
     if name.count("/") != 1 or len(rest) > 2 or "" in (*name.split("/"), *rest):
-        raise DataError(
-            f"{path}: not a data set's name: write hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:CONFIG:SPLIT"
-        )
+        raise DataError(f"{path}: not a data set's name: write hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:CONFIG:SPLIT")
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
@@ -131,7 +123,5 @@ def _hub_rows(path: str) -> Rows:
         rows: Iterable[Any] = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # noqa: BLE001 - whatever the hub's client raises, from no network to no such split
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DataError(
-            f"{path}: cannot be loaded from the hub ({reason}): check name, split and network"
-        ) from error
+        raise DataError(f"{path}: cannot be loaded from the hub ({reason}): check name, split and network") from error
     return ((f"{path}:{number}", row) for number, row in enumerate(rows, start=1))

@@ -70,14 +70,8 @@ class PromptSource:
                     f"this run {self.state()[key]!r}: resume with the same prompts and seed"
                 )
         epoch, position = state.get("epoch"), state.get("position")
-        if (
-            not isinstance(epoch, int)
-            or not isinstance(position, int)
-            or not 0 <= position <= len(self._prompts)
-        ):
-            raise DataError(
-                f"the saved prompt cursor is at epoch {epoch!r}, position {position!r}: it is damaged"
-            )
+        if not isinstance(epoch, int) or not isinstance(position, int) or not 0 <= position <= len(self._prompts):
+            raise DataError(f"the saved prompt cursor is at epoch {epoch!r}, position {position!r}: it is damaged")
         self._seek(epoch, position)
 
     def _seek(self, epoch: int, position: int) -> None:

@@ -15,9 +15,7 @@ from opd_ray.types import Prompt
 
 REASON = "Think it through step by step, and give the final answer at the end."
 BOX = "Think it through step by step, and put the final answer in \\boxed{}."
-REFERENCE = (
-    "For reference, here is a correct solution. Solve the problem in your own words; do not mention it."
-)
+REFERENCE = "For reference, here is a correct solution. Solve the problem in your own words; do not mention it."
 
 
 @dataclass(frozen=True, slots=True)

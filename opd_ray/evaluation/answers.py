@@ -123,12 +123,7 @@ def same_expression(left: str, right: str) -> bool:
 
 
 def _normalized(text: str) -> str:
-    text = (
-        text.replace("\\dfrac", "\\frac")
-        .replace("\\tfrac", "\\frac")
-        .replace("{,}", ",")
-        .replace("\u2212", "-")
-    )
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("{,}", ",").replace("\u2212", "-")
     text = _SPACE.sub("", text)
     for mark in _DROPPED:
         text = text.replace(mark, "")

@@ -59,18 +59,14 @@ def avg_at_n(num_samples: ArrayLike, num_correct: ArrayLike) -> float:
         raise ValueError("avg@n needs at least one problem, got none")
     empty = np.flatnonzero(n < 1)
     if empty.size:
-        raise ValueError(
-            f"avg@n needs at least one sample of every problem, problem {int(empty[0])} has none"
-        )
+        raise ValueError(f"avg@n needs at least one sample of every problem, problem {int(empty[0])} has none")
     return float(np.mean(c / n))
 
 
 def _counts(num_samples: ArrayLike, num_correct: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     n, c = _whole_numbers("num_samples", num_samples), _whole_numbers("num_correct", num_correct)
     if n.shape != c.shape:
-        raise ValueError(
-            f"num_samples and num_correct must have the same length, got {n.shape[0]} and {c.shape[0]}"
-        )
+        raise ValueError(f"num_samples and num_correct must have the same length, got {n.shape[0]} and {c.shape[0]}")
     bad = np.flatnonzero((c < 0) | (c > n))
     if bad.size:
         p = int(bad[0])

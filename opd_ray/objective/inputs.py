@@ -24,9 +24,7 @@ def require_same_shape(**tensors: Tensor) -> None:
 def require_rank(name: str, tensor: Tensor, rank: int, letters: str) -> None:
     """Raise ValueError unless `tensor` has `rank` dimensions; `letters` is the shape to name."""
     if tensor.dim() != rank:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, expected {letters}; reshape it to {letters}"
-        )
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {letters}; reshape it to {letters}")
 
 
 def require_ids_within(name: str, ids: Tensor, vocabulary: int) -> None:

@@ -231,6 +231,4 @@ def _require_head(hidden: Tensor, head_weight: Tensor) -> None:
 
 def _require_positions(name: str, ids: Tensor, hidden: Tensor) -> None:
     if ids.shape[0] != hidden.shape[0]:
-        raise ValueError(
-            f"{name} has {ids.shape[0]} rows but hidden {hidden.shape[0]}; give one row a position"
-        )
+        raise ValueError(f"{name} has {ids.shape[0]} rows but hidden {hidden.shape[0]}; give one row a position")

@@ -71,9 +71,7 @@ def newline_segments(
     batch, num_tokens = newline_mask.shape
     lengths = _checked_lengths(response_lengths.cpu(), num_tokens)
     if lengths.shape[0] != batch:
-        raise ValueError(
-            f"newline_mask has {batch} rows but there are {lengths.shape[0]} lengths; give one a row"
-        )
+        raise ValueError(f"newline_mask has {batch} rows but there are {lengths.shape[0]} lengths; give one a row")
     segment_ids = block_segments(lengths, num_tokens, fallback_block)
     newlines = newline_mask.bool().cpu()
     for row, length in enumerate(lengths.tolist()):

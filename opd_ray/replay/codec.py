@@ -55,9 +55,7 @@ def add_teacher_columns(
     return _write([*(batch.column(name) for name in ROLLOUT_COLUMNS), *added], spec)
 
 
-def decode(
-    buffer: Any, *, columns: Iterable[str] | None = None, expected: BatchSpec | None = None
-) -> pa.RecordBatch:
+def decode(buffer: Any, *, columns: Iterable[str] | None = None, expected: BatchSpec | None = None) -> pa.RecordBatch:
     """The record batch in `buffer` (`pyarrow.Buffer` or any bytes-like object), checked, without a copy.
 
     `columns` are the only ones kept and checked (None: all); with `expected` the metadata must match it.
@@ -78,9 +76,7 @@ def decode(
     wanted = list(spec.columns) if columns is None else list(columns)
     missing = [name for name in wanted if names.count(name) != 1]
     if missing:
-        raise SchemaError(
-            f"columns {missing} are missing or doubled in a trajectory batch with {names}: {FIX}"
-        )
+        raise SchemaError(f"columns {missing} are missing or doubled in a trajectory batch with {names}: {FIX}")
     kept = batches[0].select(wanted)
     _check(kept, spec)
     return kept
@@ -96,9 +92,7 @@ def _column(name: str, values: Sequence[Any], spec: BatchSpec) -> ArrowArray:
     for row, array in enumerate(arrays):
         if array.ndim != 1 + len(tail) or array.shape[1:] != tail:
             expected = f"[T, {tail[0]}]" if tail else "[T]"
-            raise SchemaError(
-                f"column {name!r}, row {row}, has shape {array.shape} and {expected} is expected: {FIX}"
-            )
+            raise SchemaError(f"column {name!r}, row {row}, has shape {array.shape} and {expected} is expected: {FIX}")
     flat = np.concatenate([_convert(name, array, item) for array in arrays]) if arrays else np.empty(0)
     starts = np.zeros(len(arrays) + 1, dtype=np.int32)
     np.cumsum([len(array) for array in arrays], out=starts[1:])

@@ -60,9 +60,7 @@ class StoredTrajectory:
         )
 
 
-def collect(
-    members: Iterable[StoredTrajectory], shelf: PayloadShelf, infos: tuple[SampleInfo, ...]
-) -> SampledBatch:
+def collect(members: Iterable[StoredTrajectory], shelf: PayloadShelf, infos: tuple[SampleInfo, ...]) -> SampledBatch:
     """Group the members' rows by payload; `infos` are in the same order."""
     position: dict[int, int] = {}
     rows = []

@@ -39,9 +39,7 @@ def row_views(batch: pa.RecordBatch, name: str) -> list[Array]:
     Raises `SchemaError` when the batch was decoded without that column.
     """
     if name not in batch.schema.names:
-        raise SchemaError(
-            f"column {name!r} is not among the decoded {batch.schema.names}: add it to `columns`"
-        )
+        raise SchemaError(f"column {name!r} is not among the decoded {batch.schema.names}: add it to `columns`")
     column = batch.column(name)
     flat, bounds = flat_values(column), offsets(column).tolist()
     return [flat[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
@@ -90,9 +88,7 @@ def _check_segments(present: dict[str, ArrowArray]) -> None:
     inner = np.setdiff1d(falls, first)
     if inner.size:
         row = int(np.searchsorted(bounds, inner[0], side="right")) - 1
-        raise SchemaError(
-            f"column 'version_starts', row {row}: segments must start one after the other, each once"
-        )
+        raise SchemaError(f"column 'version_starts', row {row}: segments must start one after the other, each once")
     if "response_token_ids" in present:
         lengths = np.diff(offsets(present["response_token_ids"]))
         outside = starts[bounds[1:] - 1] >= lengths
@@ -108,15 +104,11 @@ def _check_nulls(name: str, column: ArrowArray) -> None:
     level: ArrowArray = column
     while level is not None:
         if level.null_count:
-            raise SchemaError(
-                f"column {name!r} has {level.null_count} nulls and none is expected: give every value"
-            )
+            raise SchemaError(f"column {name!r} has {level.null_count} nulls and none is expected: give every value")
         nested = pa.types.is_list(level.type) or pa.types.is_fixed_size_list(level.type)
         level = level.values if nested else None
 
 
 def _refuse(wrong: Array, name: str, what: str) -> None:
     if wrong.any():
-        raise SchemaError(
-            f"column {name!r}, row {int(wrong.argmax())} ({int(wrong.sum())} rows in all), has {what}"
-        )
+        raise SchemaError(f"column {name!r}, row {int(wrong.argmax())} ({int(wrong.sum())} rows in all), has {what}")

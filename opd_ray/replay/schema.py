@@ -103,8 +103,7 @@ class BatchSpec:
 def read_spec(schema: pa.Schema) -> BatchSpec:
     """What the metadata of `schema` say; raises `SchemaError` when they are missing or of another version."""
     metadata = {
-        key.decode(errors="replace"): value.decode(errors="replace")
-        for key, value in (schema.metadata or {}).items()
+        key.decode(errors="replace"): value.decode(errors="replace") for key, value in (schema.metadata or {}).items()
     }
     needed = ["schema_version", *(field.name for field in fields(BatchSpec))]
     missing = [key for key in needed if key not in metadata]
@@ -116,9 +115,7 @@ def read_spec(schema: pa.Schema) -> BatchSpec:
             f"'{SCHEMA_VERSION}' is expected: run every worker with the same version of opd_ray"
         )
     if not metadata["top_k"].isdecimal():
-        raise SchemaError(
-            f"metadata top_k = {metadata['top_k']!r} of a trajectory batch: a whole number is expected"
-        )
+        raise SchemaError(f"metadata top_k = {metadata['top_k']!r} of a trajectory batch: a whole number is expected")
     return BatchSpec(
         tokenizer_fingerprint=metadata["tokenizer_fingerprint"],
         top_k=int(metadata["top_k"]),
@@ -147,6 +144,4 @@ def check_types(batch: pa.RecordBatch, spec: BatchSpec) -> None:
             )
         expected = spec.type_of(field.name)
         if field.type != expected:
-            raise SchemaError(
-                f"column {field.name!r} has type {field.type} and {expected} is expected: {FIX}"
-            )
+            raise SchemaError(f"column {field.name!r} has type {field.type} and {expected} is expected: {FIX}")

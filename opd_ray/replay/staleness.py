@@ -94,9 +94,7 @@ class StoreConfig:
         for name, least in (("trajectories_per_step", 1), ("reuse", 1), ("max_staleness", 0)):
             value = getattr(self, name)
             if value < least:
-                raise ConfigError(
-                    f"{name} = {value} of the replay store is out of range: give at least {least}"
-                )
+                raise ConfigError(f"{name} = {value} of the replay store is out of range: give at least {least}")
 
 
 def staleness(oldest_version: int, learner_version: int) -> int:

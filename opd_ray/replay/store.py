@@ -30,9 +30,7 @@ class ReplayStore:
     `version` is the policy version that all engines have at the start; `clock` gives seconds.
     """
 
-    def __init__(
-        self, config: StoreConfig, version: int = 0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, config: StoreConfig, version: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._clock = clock
         self._version = version
@@ -79,9 +77,7 @@ class ReplayStore:
         """
         slots = [trajectory.slot for trajectory in receipt.trajectories]
         if len(refs) != 1 or not slots:
-            raise StoreError(
-                f"append got {len(refs)} references and {len(slots)} trajectories: give 1 and at least 1"
-            )
+            raise StoreError(f"append got {len(refs)} references and {len(slots)} trajectories: give 1 and at least 1")
         self._require(slots, self._queue.in_flight, "append", "in flight")
         now_s = self._clock()
         payload_id = self._shelf.put(refs[0], receipt.num_bytes, len(slots))
@@ -112,9 +108,7 @@ class ReplayStore:
                 "restore learner and store from the same checkpoint"
             )
         if self._sampling:
-            raise StoreError(
-                "a batch was asked for while another request waits: the learner samples once a step"
-            )
+            raise StoreError("a batch was asked for while another request waits: the learner samples once a step")
         self._sampling = True
         try:
             while not self._drained:
@@ -202,9 +196,7 @@ class ReplayStore:
 
     def ledger(self) -> dict[str, int]:
         """The books (`Ledger.as_dict`), compared with what is here; raises `LedgerError` if they differ."""
-        self._ledger.check(
-            in_flight=len(self._queue.in_flight), in_store=len(self._queue.ready) + len(self._drafted)
-        )
+        self._ledger.check(in_flight=len(self._queue.in_flight), in_store=len(self._queue.ready) + len(self._drafted))
         return self._ledger.as_dict()
 
     def state(self) -> dict[str, int]:
@@ -285,9 +277,7 @@ class ReplayStore:
 
     def _refuse_older(self, policy_version: int) -> None:
         if policy_version < self._version:
-            raise StoreError(
-                f"policy version {policy_version} is below the published {self._version}: never go back"
-            )
+            raise StoreError(f"policy version {policy_version} is below the published {self._version}: never go back")
 
     def _refuse_if_closed(self) -> None:
         if self._closed:

@@ -165,9 +165,7 @@ def _finish(axes: Any, title: str, unit: str, drawn: bool) -> None:
     axes.set_axisbelow(True)
     axes.set_xlabel("step", fontsize=8, color=_INK)
     if not drawn:
-        axes.text(
-            0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", fontsize=9, color="#9a9a9a"
-        )
+        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", fontsize=9, color="#9a9a9a")
     elif axes.get_legend_handles_labels()[1]:
         # Above the axes, where no line runs.
         axes.legend(

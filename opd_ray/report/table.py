@@ -35,9 +35,7 @@ def results_table(before: Evaluation | None, after: Evaluation | None, teacher: 
     return "\n".join(line.rstrip() for line in lines)
 
 
-def gap_closed(
-    before: Evaluation | None, after: Evaluation | None, teacher: Evaluation | None
-) -> float | None:
+def gap_closed(before: Evaluation | None, after: Evaluation | None, teacher: Evaluation | None) -> float | None:
     """Return ``(after - before) / (teacher - before)`` in avg@n: 1 is the teacher's level, negative is worse.
 
     None where one of the three is missing or the student was no worse than the teacher from the start.

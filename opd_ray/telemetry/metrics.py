@@ -61,9 +61,7 @@ class MetricsWriter:
             RunFolderError: the line cannot be written (nothing of it is left) or the writer is closed.
             ValueError: a key or a value is not a metric's (`checked_metrics`).
         """
-        values = {
-            key: value if math.isfinite(value) else None for key, value in checked_metrics(metrics).items()
-        }
+        values = {key: value if math.isfinite(value) else None for key, value in checked_metrics(metrics).items()}
         record = {"step": int(step), "time": round(time.time(), 3), **values}
         self._append(json.dumps(record, allow_nan=False).encode() + b"\n")
 

@@ -152,9 +152,7 @@ class ProgressState:
     def times(self) -> str:
         """Time since the start and time left, "1:10 elapsed, 2:00 left"."""
         left = self.remaining_s
-        return f"{clock_time(self.elapsed_s)} elapsed" + (
-            "" if left is None else f", {clock_time(left)} left"
-        )
+        return f"{clock_time(self.elapsed_s)} elapsed" + ("" if left is None else f", {clock_time(left)} left")
 
 
 _FIGURES = {

@@ -62,9 +62,7 @@ class WandbSink:
     too, as W&B would stop and ask for a key. Offline runs are uploaded later with ``wandb sync``.
     """
 
-    def __init__(
-        self, mode: WandbMode, project: str, run_name: str, config: Mapping[str, Any], folder: Path
-    ) -> None:
+    def __init__(self, mode: WandbMode, project: str, run_name: str, config: Mapping[str, Any], folder: Path) -> None:
         self.mode = resolve_wandb_mode(mode, os.environ)
         self._run: Any = None
         if self.mode == "disabled":
@@ -138,9 +136,7 @@ def has_wandb_login(environ: Mapping[str, str]) -> bool:
         return True
     host = urlsplit(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
     home = Path(environ["HOME"]) if environ.get("HOME") else Path("~").expanduser()
-    paths = (
-        [Path(environ["NETRC"]).expanduser()] if environ.get("NETRC") else [home / ".netrc", home / "_netrc"]
-    )
+    paths = [Path(environ["NETRC"]).expanduser()] if environ.get("NETRC") else [home / ".netrc", home / "_netrc"]
     return any(_netrc_knows(path, host) for path in paths)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,11 +61,19 @@ def stale_infos(payload: Any) -> tuple[SampleInfo, ...]:
 
 
 def reference_step(
-    model: Any, rows: list[ScoredRow], objective: ObjectiveConfig, gate: GateConfig, cfg: LearnerConfig, newlines: Any
+    model: Any,
+    rows: list[ScoredRow],
+    objective: ObjectiveConfig,
+    gate: GateConfig,
+    cfg: LearnerConfig,
+    newlines: Any,
 ) -> tuple[float, float]:
     """Loss and gradient norm of one AdamW step on the whole batch with full logits; `model` is changed."""
     block = pad_rows(
-        [row.prompt_token_ids for row in rows], [row.response_token_ids for row in rows], 0, torch.device("cpu")
+        [row.prompt_token_ids for row in rows],
+        [row.response_token_ids for row in rows],
+        0,
+        torch.device("cpu"),
     )
     at = block.row_index
     shape = (len(rows), max(block.lengths))
@@ -77,14 +84,14 @@ def reference_step(
     def joined(name: str) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]))
 
-    logits = model(block.input_ids).logits.reshape(-1, VOCAB_OF(model))[block.positions].float()
+    logits = model(block.input_ids).logits.reshape(-1, int(model.config.vocab_size))[block.positions].float()
     sampled = joined("response_token_ids").long()
     current = logits.log_softmax(-1).gather(1, sampled[:, None])[:, 0]
     behavior = joined("behavior_logprobs")
     if objective.kind is ObjectiveKind.lsm:
         losses = lsm_loss(logits.gather(1, joined("teacher_topk_ids").long()), joined("teacher_topk_logprobs").float())
     else:
-        losses = sampled_token_loss(current, behavior, joined("teacher_logprobs"), advantage=objective.advantage.name)
+        losses = sampled_token_loss(current, behavior, joined("teacher_logprobs"), advantage="frozen")
     mask = to_rows(torch.ones_like(behavior))
     weights = mask
     lengths = torch.tensor(block.lengths)
@@ -111,11 +118,7 @@ def reference_step(
         ).token_weights
     loss = gated_token_mean(to_rows(losses), weights, mask)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
     optimizer.step()
     return float(loss.detach()), float(norm)
-
-
-def VOCAB_OF(model: Any) -> int:  # noqa: N802
-    return int(model.config.vocab_size)

@@ -16,8 +16,8 @@ from opd_ray.actors.tokenization import load_tokenizer, newline_token_mask
 from opd_ray.actors.weights import unpack_bucket
 from opd_ray.config import GateConfig, GateKind, LearnerConfig, ObjectiveConfig, ObjectiveKind
 from opd_ray.placement import Share
-from opd_ray.replay.cohort import SampledBatch
 from opd_ray.replay.codec import decode
+from opd_ray.replay.cohort import SampledBatch
 from opd_ray.replay.rows import scored_rows
 from tests.integration.batches import reference_step, scored_payload, stale_infos
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.integration
 LENGTHS = [70, 9, 33, 128, 1, 90, 64]
 
 
-async def one_step(path: Path, spec: LearnerSpec, num_ranks: int, budget: int):
+async def one_step(spec: LearnerSpec, num_ranks: int, budget: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     group = LearnerGroup("learner", 120.0)
     group.tokens_per_microbatch = budget
     specs = []
@@ -57,14 +57,25 @@ CASES = [
 
 
 @pytest.mark.parametrize(("objective", "gate", "zero_stage", "num_ranks", "budget"), CASES)
-def test_step_equals_one_process(ray_cluster, student_folder, objective, gate, zero_stage, num_ranks, budget) -> None:
+@pytest.mark.usefixtures("ray_cluster")
+def test_step_equals_one_process(
+    student_folder: Path, objective: ObjectiveKind, gate: GateKind, zero_stage: int, num_ranks: int, budget: int
+) -> None:
     learner = LearnerConfig(zero_stage=zero_stage, lr=1e-3, grad_clip=0.05, weight_decay=0.1)
     spec = LearnerSpec(
-        name="", rank=0, num_ranks=num_ranks, model_path=str(student_folder), learner=learner,
-        objective=ObjectiveConfig(kind=objective), gate=GateConfig(kind=gate, block_size=16, min_span=4, max_span=32),
-        reuse=2, num_steps=10, publish_dtype="float32", threads=1,
+        name="",
+        rank=0,
+        num_ranks=num_ranks,
+        model_path=str(student_folder),
+        learner=learner,
+        objective=ObjectiveConfig(kind=objective),
+        gate=GateConfig(kind=gate, block_size=16, min_span=4, max_span=32),
+        reuse=2,
+        num_steps=10,
+        publish_dtype="float32",
+        threads=1,
     )
-    metrics, weights = asyncio.run(one_step(student_folder, spec, num_ranks, budget))
+    metrics, weights = asyncio.run(one_step(spec, num_ranks, budget))
     model = AutoModelForCausalLM.from_pretrained(student_folder)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     newlines = torch.from_numpy(newline_token_mask(load_tokenizer(str(student_folder)), model.config.vocab_size))

@@ -41,7 +41,9 @@ ALLOWED = {
 @pytest.mark.parametrize("module", ALLOWED)
 def test_imports_of_a_fresh_interpreter(module: str) -> None:
     code = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
     assert set(ast.literal_eval(done.stdout)) <= ALLOWED[module]
 
 
@@ -101,7 +103,8 @@ def test_lengths(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.OpdError)]
+    "error",
+    [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.OpdError)],
 )
 def test_errors_travel_and_are_one_line(error: type[errors.OpdError]) -> None:
     original = error("two\nlines:  give a value >= 2")

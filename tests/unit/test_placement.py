@@ -62,10 +62,10 @@ def test_gpus_are_counted() -> None:
     assert plan_resources(cfg, 8, 3).learner.gpus == 1
 
 
-@given(
-    st.integers(1, 8), st.integers(1, 8), st.integers(1, 8), st.integers(0, 4), st.integers(1, 64)
-)
-def test_even_shares_never_exceed_the_machine(engines: int, workers: int, ranks: int, staleness: int, cpus: int) -> None:
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 8), st.integers(0, 4), st.integers(1, 64))
+def test_even_shares_never_exceed_the_machine(
+    engines: int, workers: int, ranks: int, staleness: int, cpus: int
+) -> None:
     cfg = config(engines=engines, workers=workers, ranks=ranks, staleness=staleness)
     if max(engines, workers, ranks) > cpus:
         with pytest.raises(ResourceError):

@@ -38,9 +38,7 @@ def test_create_makes_the_folder_and_says_that_it_runs(tmp_path: Path, noon: Non
     assert os.listdir(folder.path) == ["status.json"]
 
 
-def test_a_relative_runs_dir_survives_a_change_of_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_runs_dir_survives_a_change_of_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = RunFolder.create("runs", "x")
     monkeypatch.chdir("/")
@@ -73,9 +71,7 @@ def test_a_file_in_the_way_is_one_clear_line(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
     for runs_dir in (file, file / "deeper"):
-        with pytest.raises(
-            RunFolderError, match=r"runs_dir=.*file.*: Not a directory; .*runs_dir=FOLDER"
-        ) as caught:
+        with pytest.raises(RunFolderError, match=r"runs_dir=.*file.*: Not a directory; .*runs_dir=FOLDER") as caught:
             RunFolder.create(runs_dir, "x")
         assert "\n" not in str(caught.value)
     assert file.read_text() == "mine"
@@ -150,15 +146,11 @@ def test_finish_writes_the_summary_and_names_the_run_latest(tmp_path: Path) -> N
 def test_a_summary_is_json_that_every_reader_takes(tmp_path: Path) -> None:
     np = pytest.importorskip("numpy")
     folder = RunFolder.create(tmp_path, "a")
-    folder.finish(
-        {"loss": float("nan"), "n": np.int64(3), "x": [np.float32(0.5), float("inf")], "at": Path("/a")}
-    )
+    folder.finish({"loss": float("nan"), "n": np.int64(3), "x": [np.float32(0.5), float("inf")], "at": Path("/a")})
     assert read(folder.path / "summary.json") == {"loss": None, "n": 3, "x": [0.5, None], "at": "/a"}
 
 
-def test_a_file_system_without_links_costs_the_link_only(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_system_without_links_costs_the_link_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "latest").mkdir()  # a folder cannot be replaced by a link
     folder = RunFolder.create(tmp_path, "a")
     folder.finish({})

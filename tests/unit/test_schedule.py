@@ -10,7 +10,8 @@ from opd_ray.config import LrSchedule
 
 def factors(schedule: LrSchedule, warmup_steps: int, num_steps: int) -> list[float]:
     return [
-        lr_factor(step, schedule=schedule, warmup_steps=warmup_steps, num_steps=num_steps) for step in range(num_steps + 1)
+        lr_factor(step, schedule=schedule, warmup_steps=warmup_steps, num_steps=num_steps)
+        for step in range(num_steps + 1)
     ]
 
 

@@ -17,13 +17,34 @@ def segments(drift: list[float], gate: list[float], tokens: list[int], staleness
 
 def test_hand_made_step_of_two_ranks() -> None:
     first = RankReport(
-        loss_sum=3.0, ungated_loss_sum=4.0, weight_sum=6.0, weight_square_sum=4.5, num_tokens=8, num_masked=1,
-        kl_sum=1.6, segments=segments([0.5, -0.1], [0.5, 1.0], [4, 4], [1, 1]), grad_norm=2.0, lr=0.1,
-        padded_tokens=20, model_tokens=15, mismatch_sum=0.2, mismatch_square_sum=0.04, mismatch_tokens=2,
+        loss_sum=3.0,
+        ungated_loss_sum=4.0,
+        weight_sum=6.0,
+        weight_square_sum=4.5,
+        num_tokens=8,
+        num_masked=1,
+        kl_sum=1.6,
+        segments=segments([0.5, -0.1], [0.5, 1.0], [4, 4], [1, 1]),
+        grad_norm=2.0,
+        lr=0.1,
+        padded_tokens=20,
+        model_tokens=15,
+        mismatch_sum=0.2,
+        mismatch_square_sum=0.04,
+        mismatch_tokens=2,
     )
     second = RankReport(
-        loss_sum=1.0, ungated_loss_sum=4.0, weight_sum=2.0, weight_square_sum=0.5, num_tokens=8,
-        kl_sum=0.0, segments=segments([2.0], [0.25], [8], [3]), grad_norm=2.0, lr=0.1, padded_tokens=20, model_tokens=15,
+        loss_sum=1.0,
+        ungated_loss_sum=4.0,
+        weight_sum=2.0,
+        weight_square_sum=0.5,
+        num_tokens=8,
+        kl_sum=0.0,
+        segments=segments([2.0], [0.25], [8], [3]),
+        grad_norm=2.0,
+        lr=0.1,
+        padded_tokens=20,
+        model_tokens=15,
     )
     metrics = step_metrics([first, second], measured=True)
     assert metrics["learner/loss/mean"] == pytest.approx(4.0 / 8.0)

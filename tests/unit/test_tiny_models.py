@@ -55,9 +55,7 @@ def test_packaged_models_are_small_and_complete(folder: Path) -> None:
 
 
 def test_packaged_models_take_less_than_five_megabytes() -> None:
-    files = [
-        path for folder in (teacher_path(), student_path()) for path in folder.rglob("*") if path.is_file()
-    ]
+    files = [path for folder in (teacher_path(), student_path()) for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 5_000_000
 
 

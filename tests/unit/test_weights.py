@@ -13,7 +13,12 @@ from opd_ray.errors import WeightSyncError
 
 def tensors() -> list[tuple[str, torch.Tensor]]:
     torch.manual_seed(0)
-    return [("a", torch.randn(3, 5)), ("b.weight", torch.randn(7)), ("scalar", torch.tensor(2.5)), ("c", torch.randn(64, 2))]
+    return [
+        ("a", torch.randn(3, 5)),
+        ("b.weight", torch.randn(7)),
+        ("scalar", torch.tensor(2.5)),
+        ("c", torch.randn(64, 2)),
+    ]
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 100, 10**6])

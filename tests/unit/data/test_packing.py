@@ -29,9 +29,7 @@ def test_plans_hold_what_they_promise(lengths: list[int], num_ranks: int, budget
             assert (len(first) + 1) * width > budget, f"{following} could have begun in {first}"
     tokens = [sum(lengths[i] for rows in rank for i in rows) for rank in plan]
     assert max(tokens) - min(tokens) <= max(lengths, default=0)
-    assert any(all(rows for rows in microbatches) for microbatches in plan), (
-        "no microbatch is empty everywhere"
-    )
+    assert any(all(rows for rows in microbatches) for microbatches in plan), "no microbatch is empty everywhere"
     assert plan == plan_microbatches(list(lengths), num_ranks, budget)
 
 

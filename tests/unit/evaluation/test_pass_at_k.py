@@ -84,9 +84,7 @@ def test_takes_numpy_counts_of_any_integer_type() -> None:
         (["8"], [1], 1, "whole numbers"),
     ],
 )
-def test_nonsense_is_refused_by_name(
-    num_samples: list[Any], num_correct: list[Any], k: int, message: str
-) -> None:
+def test_nonsense_is_refused_by_name(num_samples: list[Any], num_correct: list[Any], k: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pass_at_k(num_samples, num_correct, k)
 
@@ -100,8 +98,6 @@ def test_avg_at_n_weighs_problems_not_samples() -> None:
     ("num_samples", "num_correct", "message"),
     [([], [], "at least one problem"), ([8, 0], [1, 0], "problem 1 has none"), ([4], [5], "5 of 4")],
 )
-def test_avg_at_n_refuses_what_has_no_mean(
-    num_samples: list[Any], num_correct: list[Any], message: str
-) -> None:
+def test_avg_at_n_refuses_what_has_no_mean(num_samples: list[Any], num_correct: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         avg_at_n(num_samples, num_correct)

@@ -27,9 +27,7 @@ def test_worked_by_hand() -> None:
         samples("0", "0", "0") + samples("0", num_tokens=50, finish_reason="length"),
     ]
     result = score(problems, completions, NUMBER, wall_s=1.5)
-    assert result.pass_at == pytest.approx(
-        {1: 0.25, 2: 5 / 12, 4: 0.5}
-    )  # problem a: 1/2, 5/6, 1; problem b: 0
+    assert result.pass_at == pytest.approx({1: 0.25, 2: 5 / 12, 4: 0.5})  # problem a: 1/2, 5/6, 1; problem b: 0
     assert result.as_dict() == pytest.approx(
         {
             "pass_at_1": 0.25,
@@ -46,9 +44,7 @@ def test_worked_by_hand() -> None:
     json.dumps(result.as_dict(), allow_nan=False)
 
 
-@pytest.mark.parametrize(
-    ("n", "ks"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])]
-)
+@pytest.mark.parametrize(("n", "ks"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
 def test_reports_powers_of_two_and_n(n: int, ks: list[int]) -> None:
     result = score([prompt("a", "1")], [samples(*["1"] * n)], NUMBER)
     assert list(result.pass_at) == ks

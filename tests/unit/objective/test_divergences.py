@@ -11,9 +11,7 @@ from opd_ray.objective import k1, k2, k3, lsm_loss
 NAN, INF = float("nan"), float("inf")
 
 
-def draw_pair(
-    seed: int, *shape: int, dtype: torch.dtype = torch.float64, scale: float = 2.0
-) -> tuple[Tensor, Tensor]:
+def draw_pair(seed: int, *shape: int, dtype: torch.dtype = torch.float64, scale: float = 2.0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     student = scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
     teacher = (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).log_softmax(-1) - 0.3

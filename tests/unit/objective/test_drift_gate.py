@@ -14,9 +14,7 @@ STATISTICS = ("signed_mean", "mean_abs", "rms", "k3")
 NORMALIZE = ("step", "sequence", "none")
 
 
-def gate(
-    drift: Tensor, mask: Tensor | None = None, segments: Tensor | None = None, **options: Any
-) -> GateResult:
+def gate(drift: Tensor, mask: Tensor | None = None, segments: Tensor | None = None, **options: Any) -> GateResult:
     """Gate whose behaviour log-probs are -2 and whose current ones are off by `drift`."""
     behavior = torch.full_like(drift, -2.0)
     mask = torch.ones_like(drift, dtype=torch.bool) if mask is None else mask
@@ -65,8 +63,7 @@ def slow_gate(
         for b in group:
             mean[b] = total / tokens if tokens else 1.0
     weights = [
-        [gates[b][int(segments[b, t])] / mean[b] if mask[b, t] else 0.0 for t in range(width)]
-        for b in range(batch)
+        [gates[b][int(segments[b, t])] / mean[b] if mask[b, t] else 0.0 for t in range(width)] for b in range(batch)
     ]
     return weights, gates, scores
 
@@ -101,9 +98,7 @@ def test_signed_mean_by_hand() -> None:
     ],
 )
 def test_each_statistic_by_hand(statistic: str, expected: float) -> None:
-    got = gate(
-        torch.tensor([[0.3, -0.1]], dtype=torch.float64), statistic=statistic, normalize="none", tau=3.0
-    )
+    got = gate(torch.tensor([[0.3, -0.1]], dtype=torch.float64), statistic=statistic, normalize="none", tau=3.0)
     assert got.segment_drift.item() == pytest.approx(expected, rel=1e-12)
     assert got.segment_gate.item() == pytest.approx(math.exp(-3 * expected), rel=1e-12)
 
@@ -187,9 +182,7 @@ def test_all_raw_gates_underflow() -> None:
     assert got.segment_gate.tolist() == [[0.0, 0.0]]
     low = math.exp(-1)
     expected = [2 / (1 + low)] * 2 + [2 * low / (1 + low)] * 2
-    torch.testing.assert_close(
-        got.token_weights, torch.tensor([expected], dtype=torch.float64), rtol=1e-9, atol=0
-    )
+    torch.testing.assert_close(got.token_weights, torch.tensor([expected], dtype=torch.float64), rtol=1e-9, atol=0)
 
 
 def test_a_statistic_that_overflows_counts_as_equally_far() -> None:
@@ -295,17 +288,13 @@ def test_equals_the_definition_and_has_unit_mean(batch: dict[str, Any], normaliz
     got = run(batch, normalize)
     if got.segment_gate.shape[1]:
         b = batch
-        slow = slow_gate(
-            b["current"], b["behavior"], b["mask"], b["segments"], b["tau"], b["statistic"], normalize
-        )
+        slow = slow_gate(b["current"], b["behavior"], b["mask"], b["segments"], b["tau"], b["statistic"], normalize)
         for found, wanted in zip(
             (got.token_weights, got.segment_gate, got.segment_drift),
             slow,
             strict=True,
         ):
-            torch.testing.assert_close(
-                found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-13
-            )
+            torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-13)
     mask = batch["mask"]
     if normalize == "step" and mask.any():
         assert got.token_weights[mask].mean().item() == pytest.approx(1.0, rel=1e-12)
@@ -318,9 +307,7 @@ def test_equals_the_definition_and_has_unit_mean(batch: dict[str, Any], normaliz
 
 @settings(max_examples=60, deadline=None)
 @given(batches(), st.sampled_from(NORMALIZE), st.sampled_from([NAN, INF, -INF, 1e30, 0.0]))
-def test_masked_and_padded_positions_may_hold_anything(
-    batch: dict[str, Any], normalize: str, garbage: float
-) -> None:
+def test_masked_and_padded_positions_may_hold_anything(batch: dict[str, Any], normalize: str, garbage: float) -> None:
     dirty = {key: torch.where(batch["mask"], batch[key], garbage) for key in ("current", "behavior")}
     clean, got = run(batch, normalize), run(batch, normalize, **dirty)
     assert clean.token_weights.equal(got.token_weights) and clean.segment_drift.equal(got.segment_drift)
@@ -354,15 +341,11 @@ def test_raw_gates_of_shards_give_the_whole_batchs_weights(batch: dict[str, Any]
         tokens += int(got.num_tokens)
     assert tokens == int(whole.num_tokens)
     if tokens:
-        torch.testing.assert_close(
-            torch.cat(raw) * tokens / total, whole.token_weights, rtol=1e-12, atol=1e-14
-        )
+        torch.testing.assert_close(torch.cat(raw) * tokens / total, whole.token_weights, rtol=1e-12, atol=1e-14)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.floats(-30, 30), min_size=2, max_size=8), st.sampled_from(("signed_mean", "mean_abs", "rms"))
-)
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=8), st.sampled_from(("signed_mean", "mean_abs", "rms")))
 def test_gate_falls_as_the_statistic_grows(drifts: list[float], statistic: str) -> None:
     drift = torch.tensor([sorted(drifts, key=abs)], dtype=torch.float64)
     ids = torch.arange(drift.shape[1]).unsqueeze(0)

@@ -75,9 +75,7 @@ def segments(batch: dict[str, Tensor], kind: str) -> Tensor:
     return block_segments(batch["lengths"], batch["tokens"].shape[1], 3)
 
 
-def step(
-    batch: dict[str, Tensor], objective: str, kind: str, tau: float, normalize: Any
-) -> tuple[Tensor, Tensor]:
+def step(batch: dict[str, Tensor], objective: str, kind: str, tau: float, normalize: Any) -> tuple[Tensor, Tensor]:
     """Loss and gradient of the whole batch at once."""
     head = head_weight()
     token_loss, current = losses(batch, head, objective)
@@ -221,8 +219,6 @@ def test_gate_is_a_constant_for_the_gradient() -> None:
         statistic="rms",
         normalize="step",
     )
-    slope = torch.autograd.grad(gated_token_mean(token_loss, gate.token_weights, batch["mask"]), token_loss)[
-        0
-    ]
+    slope = torch.autograd.grad(gated_token_mean(token_loss, gate.token_weights, batch["mask"]), token_loss)[0]
     wanted = torch.where(batch["mask"], gate.token_weights, 0.0) / batch["mask"].sum()
     torch.testing.assert_close(slope, wanted)

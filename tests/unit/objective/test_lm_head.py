@@ -15,9 +15,7 @@ Head = Callable[[Tensor, Tensor], Tensor]
 SPARSE, DENSE = (5, 700, 6, 3), (5, 20, 6, 3)  # N, V, H, K on both sides of V = 32 K
 
 
-def draw(
-    n: int, v: int, h: int, k: int, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> tuple[Tensor, ...]:
+def draw(n: int, v: int, h: int, k: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, h, generator=generator, dtype=torch.float64).to(dtype)
     head = torch.randn(v, h, generator=generator, dtype=torch.float64).to(dtype)
@@ -110,9 +108,7 @@ def test_token_logprobs_hold_one_tile_at_a_time(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 100])
 @pytest.mark.parametrize("tile", [1, 7, 64])
-def test_token_logprobs_values_and_gradients(
-    chunk_size: int, tile: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_token_logprobs_values_and_gradients(chunk_size: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm_head, "TILE_ROWS", tile)
     hidden, head, ids = draw(5, 23, 4, 1)
     token = torch.tensor([0, 22, 7, 7, 13])
@@ -125,9 +121,7 @@ def test_token_logprobs_values_and_gradients(
         assert got[n].item() == pytest.approx(wanted, rel=1e-12)
     full = (hidden @ head.T).log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1)
     grads = torch.autograd.grad((got * scale).sum(), (hidden, head))
-    for found, wanted_grad in zip(
-        grads, torch.autograd.grad((full * scale).sum(), (hidden, head)), strict=True
-    ):
+    for found, wanted_grad in zip(grads, torch.autograd.grad((full * scale).sum(), (hidden, head)), strict=True):
         torch.testing.assert_close(found, wanted_grad, rtol=1e-11, atol=1e-13)
 
 
@@ -175,12 +169,8 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("route", [SPARSE, DENSE, (40, 1000, 16, 8)])
-@pytest.mark.parametrize(
-    "dtypes", [("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "float32")]
-)
-def test_low_precision_is_added_up_in_float32(
-    route: tuple[int, int, int, int], dtypes: tuple[str, str]
-) -> None:
+@pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_low_precision_is_added_up_in_float32(route: tuple[int, int, int, int], dtypes: tuple[str, str]) -> None:
     hidden, head, ids = draw(*route)
     hidden = hidden.detach().to(getattr(torch, dtypes[0])).requires_grad_()
     head = head.detach().to(getattr(torch, dtypes[1])).requires_grad_()

@@ -17,9 +17,7 @@ def test_mean_by_hand() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     assert gated_token_mean(loss, weights, mask).item() == pytest.approx(8.5 / 3)
     assert gated_token_mean(loss, weights, mask, num_loss_tokens=10).item() == pytest.approx(0.85)
-    assert gated_token_mean(loss, weights, mask, num_loss_tokens=torch.tensor(10.0)).item() == pytest.approx(
-        0.85
-    )
+    assert gated_token_mean(loss, weights, mask, num_loss_tokens=torch.tensor(10.0)).item() == pytest.approx(0.85)
 
 
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e30])
@@ -71,9 +69,7 @@ def test_weights_of_one_change_nothing_bit_for_bit() -> None:
 def test_sample_size_by_hand() -> None:
     # (1 + 2 + 3)^2 / (1 + 4 + 9) = 36 / 14; the masked weight does not count.
     weights = torch.tensor([1.0, 2.0, 3.0, NAN])
-    assert effective_sample_size(weights, torch.tensor([1, 1, 1, 0])).item() == pytest.approx(
-        36 / 14, rel=1e-6
-    )
+    assert effective_sample_size(weights, torch.tensor([1, 1, 1, 0])).item() == pytest.approx(36 / 14, rel=1e-6)
 
 
 def test_sample_size_at_its_bounds() -> None:
@@ -94,9 +90,7 @@ def test_sample_size_is_between_one_and_the_count_and_has_no_scale(values: list[
         assert size == 0
         return
     assert 1 - 1e-9 <= size <= len(values) + 1e-9
-    assert effective_sample_size(weights * scale, torch.ones(len(values))).item() == pytest.approx(
-        size, rel=1e-6
-    )
+    assert effective_sample_size(weights * scale, torch.ones(len(values))).item() == pytest.approx(size, rel=1e-6)
     if max(values) < 1e100 and min(values) > 1e-100:
         assert size == pytest.approx(math.fsum(values) ** 2 / math.fsum(v * v for v in values), rel=1e-9)
 

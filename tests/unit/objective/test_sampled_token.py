@@ -17,9 +17,7 @@ def tensors(*values: float) -> tuple[Tensor, ...]:
     return tuple(torch.tensor([value], dtype=torch.float64) for value in values)
 
 
-def value_and_slope(
-    current: Tensor, behavior: Tensor, teacher: Tensor, **options: Any
-) -> tuple[Tensor, Tensor]:
+def value_and_slope(current: Tensor, behavior: Tensor, teacher: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     current = current.clone().requires_grad_()
     loss = sampled_token_loss(current, behavior, teacher, **options)
     loss.sum().backward()  # type: ignore[no-untyped-call]
@@ -86,9 +84,7 @@ def test_recompute_has_the_gradient_of_the_reverse_kl_and_frozen_has_not() -> No
     assert (expected_gradient("frozen") - wanted).abs().max().item() > 1e-2
     # The difference is the gradient of KL(current || old).
     bias = torch.autograd.grad((current.exp() * (current - old)).sum(), logits)[0]
-    torch.testing.assert_close(
-        expected_gradient_of(logits, old, teacher), wanted - bias, rtol=1e-12, atol=1e-14
-    )
+    torch.testing.assert_close(expected_gradient_of(logits, old, teacher), wanted - bias, rtol=1e-12, atol=1e-14)
 
 
 def expected_gradient_of(logits: Tensor, old: Tensor, teacher: Tensor) -> Tensor:
@@ -103,9 +99,7 @@ def expected_gradient_of(logits: Tensor, old: Tensor, teacher: Tensor) -> Tensor
     return total
 
 
-def slow_loss(
-    c: float, b: float, q: float, advantage: str, low: float, high: float, dual: float | None
-) -> float:
+def slow_loss(c: float, b: float, q: float, advantage: str, low: float, high: float, dual: float | None) -> float:
     ratio = math.exp(c - b)
     if advantage == "recompute":
         return -ratio * (q - c)

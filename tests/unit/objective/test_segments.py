@@ -149,9 +149,7 @@ def test_newline_spans_partition_the_response_by_the_rules(data: st.DataObject) 
     max_len = data.draw(st.integers(min_len, 15))
     fallback = data.draw(st.integers(1, 9))
     mask = torch.tensor([marks + padding], dtype=torch.bool).reshape(1, -1)
-    ids = newline_segments(
-        mask, lengths(len(marks)), min_len=min_len, max_len=max_len, fallback_block=fallback
-    )
+    ids = newline_segments(mask, lengths(len(marks)), min_len=min_len, max_len=max_len, fallback_block=fallback)
     found = spans(ids[0])
     assert sum(found) == len(marks) == int((ids >= 0).sum())
     assert found == slow_newline_spans(marks, min_len, max_len, fallback)
@@ -162,9 +160,7 @@ def test_newline_spans_partition_the_response_by_the_rules(data: st.DataObject) 
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.integers(0, 20), min_size=1, max_size=4), st.none() | st.integers(1, 25), st.integers(0, 3)
-)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=4), st.none() | st.integers(1, 25), st.integers(0, 3))
 def test_blocks_partition_the_response(rows: list[int], block: int | None, extra: int) -> None:
     width = max(rows) + extra
     ids = block_segments(torch.tensor(rows), width, block)

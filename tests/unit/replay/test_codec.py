@@ -46,9 +46,7 @@ def test_scored_batches_come_back_as_they_were(dtype: str) -> None:
     batch = decode(scored_buffer(lengths, spec), expected=spec)
     assert read_spec(batch.schema) == spec
     arrays = teacher_arrays(lengths, 4)
-    for row, rollout, logprobs, ids, topk in zip(
-        scored_rows(batch), trajectories(lengths), *arrays, strict=True
-    ):
+    for row, rollout, logprobs, ids, topk in zip(scored_rows(batch), trajectories(lengths), *arrays, strict=True):
         assert_same_fields(row, rollout)
         np.testing.assert_array_equal(row.teacher_logprobs, logprobs)
         np.testing.assert_array_equal(row.teacher_topk_ids, ids)

@@ -183,17 +183,13 @@ def test_bound_and_progress_in_any_order_of_events(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 5))
     config = StoreConfig(size, data.draw(st.integers(1, 3)), data.draw(st.integers(0, 4)))
     protocol = Protocol(config)
-    events = st.sampled_from(
-        ["acquire", "acquire", "done", "done", "visit", "publish", "drop", "drop_cohort"]
-    )
+    events = st.sampled_from(["acquire", "acquire", "done", "done", "visit", "publish", "drop", "drop_cohort"])
     for event in data.draw(st.lists(events, max_size=80)):
         if event == "acquire":
             protocol.acquire()
         elif event == "done" and protocol.queue:
             protocol.queue[data.draw(st.integers(0, len(protocol.queue) - 1))]["done"] = 1
-        elif (
-            event == "visit" and protocol.learner - protocol.version < 2
-        ):  # the learner may run ahead of publishing
+        elif event == "visit" and protocol.learner - protocol.version < 2:  # the learner may run ahead of publishing
             protocol.visit()
         elif event == "publish":
             protocol.version = min(protocol.version + 1, protocol.learner)

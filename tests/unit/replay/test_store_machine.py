@@ -153,9 +153,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.failed,
         )
         assert "evicted/stale" not in books, "the proof says that nothing gets too old"
-        assert books["started"] == sum(
-            books[key] for key in ("trained", "evicted", "failed", "in_store", "in_flight")
-        )
+        assert books["started"] == sum(books[key] for key in ("trained", "evicted", "failed", "in_store", "in_flight"))
         alive = {id(self.payload_of[slot]()) for slot in self.stored}
         assert self.store.state()["payloads"] == len(alive)
         gc.collect(0)

@@ -96,9 +96,7 @@ def test_a_kill_leaves_whole_lines(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) > 10
 
 
-def test_a_full_disk_is_one_clear_line_and_leaves_no_half(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_one_clear_line_and_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = MetricsWriter(tmp_path)
     writer.log(1, {"a/b": 1.0})
     real_write = os.write

@@ -58,8 +58,7 @@ def test_a_line_for_every_tenth_of_the_steps_without_control_codes() -> None:
     written = stream.getvalue().splitlines()
     assert [line.split(",")[0] for line in written] == [f"step {n}/100" for n in (1, *range(10, 101, 10))]
     assert written[5] == (
-        "step 50/100, loss 0.0123, pass@8 0.781, staleness 2, gate p05 0.941, 5,123 tokens/s, "
-        "0:50 elapsed, 0:50 left"
+        "step 50/100, loss 0.0123, pass@8 0.781, staleness 2, gate p05 0.941, 5,123 tokens/s, 0:50 elapsed, 0:50 left"
     )
     assert written[-1].endswith("1:40 elapsed")  # nothing left
     assert "\x1b" not in stream.getvalue() and "\r" not in stream.getvalue()
