@@ -233,31 +233,37 @@ class Trainer:
         report.segments = SegmentStats.join([report.segments, segment_stats(micro, result)])
         return result.token_weights
 
-    def _parameter_buckets(self) -> Iterator[list[tuple[str, nn.Parameter]]]:
-        """Named parameters (tied ones once) in groups of bounded size."""
-        group: list[tuple[str, nn.Parameter]] = []
+    def _parameter_buckets(self) -> Iterator[list[tuple[tuple[str, ...], nn.Parameter]]]:
+        """Parameters with all their names, in groups of bounded size; a tied one comes once."""
+        names: dict[nn.Parameter, tuple[str, ...]] = {}
+        for name, parameter in self._policy.language_model.named_parameters(remove_duplicate=False):
+            names[parameter] = (*names.get(parameter, ()), name)
+        group: list[tuple[tuple[str, ...], nn.Parameter]] = []
         size = 0
-        for name, parameter in self._policy.language_model.named_parameters():
+        for parameter, all_names in names.items():
             num_bytes = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
             if group and size + num_bytes > BUCKET_BYTES:
                 yield group
                 group, size = [], 0
-            group.append((name, parameter))
+            group.append((all_names, parameter))
             size += num_bytes
         yield group
 
-    def _full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights by name; gathered a bucket at a time under ZeRO 3, where every rank must iterate."""
+    def _full_weights(self) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """All weights by their names; gathered a bucket at a time under ZeRO 3, where every rank must iterate."""
         for group in self._parameter_buckets():
             with deepspeed.zero.GatheredParameters(
                 [parameter for _, parameter in group], enabled=self._spec.learner.zero_stage == 3
             ):
-                for name, parameter in group:
+                for names, parameter in group:
                     # Within the context the storage is DeepSpeed's: it must not be kept.
-                    yield name, parameter.detach().clone()
+                    yield names, parameter.detach().clone()
 
     def export(self) -> list[WeightBucket] | None:
-        """All weights in the rollout engines' dtype (rank 0; None elsewhere)."""
+        """All weights in the rollout engines' dtype (rank 0; None elsewhere).
+
+        A tied head is named as well: vLLM keeps a repacked copy of it, which only loading it by name renews.
+        """
         dtype: Any = getattr(torch, self._spec.publish_dtype)
         if self._spec.rank == 0:
             return list(pack_buckets(self._full_weights(), dtype))
@@ -269,7 +275,7 @@ class Trainer:
     def save(self, folder: Path) -> None:
         """Write model and tokenizer with `save_pretrained` (rank 0)."""
         if self._spec.rank == 0 or self._spec.learner.zero_stage == 3:
-            state = {name: tensor.cpu() for name, tensor in self._full_weights()}
+            state = {names[0]: tensor.cpu() for names, tensor in self._full_weights()}
         if self._spec.rank == 0:
             with committed_folder(folder) as temporary:
                 self._policy.language_model.save_pretrained(temporary, state_dict=state)

@@ -22,7 +22,10 @@ BUCKET_BYTES = 512 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Where one tensor lies in a bucket; `name` is the Hugging Face checkpoint's, `offset` counts bytes."""
+    """Where one tensor lies in a bucket; `name` is the Hugging Face checkpoint's, `offset` counts bytes.
+
+    Tied tensors have one spec for each of their names, all at the same offset.
+    """
 
     name: str
     dtype: str
@@ -47,32 +50,34 @@ class WeightBucket:
 
 
 def pack_buckets(
-    tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, bucket_bytes: int = BUCKET_BYTES
+    tensors: Iterable[tuple[tuple[str, ...], torch.Tensor]], dtype: torch.dtype, bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[WeightBucket]:
-    """Pack named tensors, cast to `dtype`, into buckets of at most `bucket_bytes` (a larger tensor gets its own)."""
-    pending: list[tuple[str, torch.Tensor]] = []
+    """Pack tensors, cast to `dtype`, into buckets of at most `bucket_bytes` (a larger tensor gets its own).
+
+    Each comes with all of its names: a tied one has several, and is packed once.
+    """
+    pending: list[tuple[tuple[str, ...], torch.Tensor]] = []
     size = 0
-    for name, tensor in tensors:
+    for names, tensor in tensors:
         flat = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
         if pending and size + flat.nbytes > bucket_bytes:
             yield _pack(pending)
             pending, size = [], 0
-        pending.append((name, flat))
+        pending.append((names, flat))
         size += flat.nbytes
     if pending:
         yield _pack(pending)
 
 
-def _pack(tensors: list[tuple[str, torch.Tensor]]) -> WeightBucket:
+def _pack(tensors: list[tuple[tuple[str, ...], torch.Tensor]]) -> WeightBucket:
     data = np.empty(sum(tensor.nbytes for _, tensor in tensors), dtype=np.uint8)
     specs = []
     offset = 0
-    for name, tensor in tensors:
+    for names, tensor in tensors:
         end = offset + tensor.nbytes
         data[offset:end] = tensor.reshape(-1).view(torch.uint8).numpy()
-        specs.append(
-            TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset, end - offset)
-        )
+        dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        specs += [TensorSpec(name, dtype, shape, offset, end - offset) for name in names]
         offset = end
     return WeightBucket(tuple(specs), data)
 

@@ -93,9 +93,7 @@ def pretrain(
         after_step(step, loss.item())
 
 
-def encode_batch(
-    batch: list[TinyProblem], tokenizer: PreTrainedTokenizerFast
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_batch(batch: list[TinyProblem], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids and labels, both [B, T] and padded on the right; only the response carries labels."""
     rows = []
     for item in batch:

@@ -90,9 +90,7 @@ def report(name: str, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFas
 
 
 @torch.no_grad()
-def sample(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: list[TinyProblem]
-) -> list[list[str]]:
+def sample(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: list[TinyProblem]) -> list[list[str]]:
     """Sample `NUM_SAMPLES` responses to each problem, at temperature 1 and `TOP_P`."""
     model.train(False)
     responses: list[list[str]] = []

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_ray.tiny.task import (
@@ -28,6 +28,7 @@ SPLITS = st.sampled_from(["train", "test"])
 SEEDS = st.integers(0, 2**32)
 
 
+@settings(max_examples=50, deadline=None)
 @given(SPLITS, SEEDS)
 def test_every_line_is_right_and_bounded(split: str, seed: int) -> None:
     for item in problems(split, 3, seed):
@@ -51,6 +52,7 @@ def test_every_line_is_right_and_bounded(split: str, seed: int) -> None:
         assert set(item.problem + item.solution) <= set(CHARACTERS)
 
 
+@settings(max_examples=50, deadline=None)
 @given(SPLITS, SEEDS, st.integers(0, 20))
 def test_same_arguments_give_the_same_distinct_problems(split: str, seed: int, num: int) -> None:
     found = problems(split, num, seed)
@@ -59,6 +61,7 @@ def test_same_arguments_give_the_same_distinct_problems(split: str, seed: int, n
     assert found[: num // 2] == problems(split, num // 2, seed)
 
 
+@settings(max_examples=50, deadline=None)
 @given(SEEDS, SEEDS)
 def test_splits_are_disjoint_for_all_seeds(train_seed: int, test_seed: int) -> None:
     train = problems("train", 20, train_seed)
@@ -75,9 +78,9 @@ def test_other_seeds_give_other_problems() -> None:
 
 
 def test_ten_thousand_problems_are_fast_and_have_their_own_ids() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     found = problems("test", 10_000, 0)
-    assert time.perf_counter() - started < 5.0  # about half a second; the rest is for a busy machine
+    assert time.process_time() - started < 5.0  # about half a second; the rest is for a busy machine
     assert len({item.id for item in found}) == len(found)
 
 
@@ -87,6 +90,7 @@ def test_solutions_span_several_blocks() -> None:
     assert statistics.mean(lengths) > 2 * 64
 
 
+@settings(max_examples=50, deadline=None)
 @given(SPLITS, SEEDS)
 def test_solution_is_correct_and_its_neighbours_are_not(split: str, seed: int) -> None:
     (item,) = problems(split, 1, seed)
@@ -103,6 +107,7 @@ def test_what_is_no_answer(response: str) -> None:
     assert extract_answer(response) is None
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.text(alphabet=CHARACTERS))
 def test_extraction_never_fails(response: str) -> None:
     answer = extract_answer(response)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
@@ -20,6 +20,7 @@ FOLDERS = pytest.mark.parametrize("folder", [teacher_path(), student_path()], id
 TOKENIZER = build_tokenizer(512)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=CHARACTERS))
 def test_tokenizer_returns_the_text_it_was_given(text: str) -> None:
     ids = TOKENIZER.encode(text)

@@ -11,14 +11,10 @@ from opd_ray.actors.weights import WeightBucket, check_same, combined_checksum, 
 from opd_ray.errors import WeightSyncError
 
 
-def tensors() -> list[tuple[str, torch.Tensor]]:
+def tensors() -> list[tuple[tuple[str, ...], torch.Tensor]]:
     torch.manual_seed(0)
-    return [
-        ("a", torch.randn(3, 5)),
-        ("b.weight", torch.randn(7)),
-        ("scalar", torch.tensor(2.5)),
-        ("c", torch.randn(64, 2)),
-    ]
+    named = [("a", (3, 5)), ("b.weight", (7,)), ("scalar", ()), ("c", (64, 2))]
+    return [((name,), torch.randn(shape)) for name, shape in named]
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 100, 10**6])
@@ -26,8 +22,8 @@ def tensors() -> list[tuple[str, torch.Tensor]]:
 def test_round_trip(bucket_bytes: int, dtype: torch.dtype) -> None:
     buckets = list(pack_buckets(tensors(), dtype, bucket_bytes))
     found = {name: tensor for bucket in buckets for name, tensor in unpack_bucket(bucket)}
-    assert list(found) == [name for name, _ in tensors()]
-    for name, tensor in tensors():
+    assert list(found) == [name for (name,), _ in tensors()]
+    for (name,), tensor in tensors():
         assert torch.equal(found[name], tensor.to(dtype))
     limit = max(bucket_bytes, max(t.numel() for _, t in tensors()) * dtype.itemsize)
     assert all(bucket.data.nbytes <= limit for bucket in buckets)
@@ -47,3 +43,11 @@ def test_a_mismatch_is_a_typed_error() -> None:
     with pytest.raises(WeightSyncError, match="rollout-3"):
         check_same("aa", "bb", "rollout-3")
     check_same("aa", "aa", "rollout-3")
+
+
+def test_a_tied_tensor_is_packed_once_under_all_its_names() -> None:
+    tied = torch.randn(8, 3)
+    (bucket,) = pack_buckets([(("embedding", "head"), tied)], torch.float32)
+    assert bucket.data.nbytes == tied.nbytes
+    found = dict(unpack_bucket(bucket))
+    assert torch.equal(found["embedding"], tied) and torch.equal(found["head"], tied)
