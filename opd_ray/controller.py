@@ -109,6 +109,8 @@ class Controller:
         try:
             # The rollout loop ends before the learner loop (end of data) or is ended with it.
             await _first_failure_or(learner_loop, rollout_loop, self._producers)
+            # Where the data ended, some trajectories are still on their way; the books close when they are in.
+            await asyncio.gather(*self._producers)
         finally:
             for task in (rollout_loop, learner_loop, *self._producers):
                 task.cancel()

@@ -7,6 +7,7 @@ import logging
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -82,18 +83,18 @@ def run_session(cfg: RunConfig, config_yaml: str, config_values: Mapping[str, An
 
 
 def _run_interruptible(main: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
-    """Run a coroutine; SIGTERM ends it like Ctrl-C, so that its clean-up runs."""
-
-    async def with_signal() -> dict[str, Any]:
-        task = asyncio.current_task()
-        if task is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        return await main
-
+    """Run a coroutine to its end; cancelled (`_end_on_sigterm`) it counts as interrupted."""
     try:
-        return asyncio.run(with_signal())
+        return asyncio.run(main)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
+
+
+def _end_on_sigterm() -> None:
+    """Let SIGTERM (a scheduler's kind word) end the running task like Ctrl-C, so that its clean-up runs."""
+    task = asyncio.current_task()
+    if task is not None and threading.current_thread() is threading.main_thread():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
 @dataclass(slots=True)
@@ -131,7 +132,11 @@ class Session:
 
     def _start_ray(self) -> ResourcePlan:
         if not ray.is_initialized():
-            ray.init(logging_level=logging.ERROR, log_to_driver=False)
+            context = ray.init(logging_level=logging.ERROR, log_to_driver=False)
+            if context.dashboard_url:
+                self._phase(f"Ray dashboard at http://{context.dashboard_url}")
+        # After ray.init, which puts a handler of its own in place.
+        _end_on_sigterm()
         have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         return plan_resources(self.cfg, have.get("CPU", 0.0), have.get("GPU", 0.0))
 

@@ -30,6 +30,7 @@ SMALL = [
     "rollout.samples_per_prompt=4",
     "rollout.max_response_tokens=96",
     "learner.num_ranks=1",
+    "rollout.num_engines=1",
     "learner.lr=1e-2",
     "learner.warmup_steps=0",
     "learner.lr_schedule=constant",

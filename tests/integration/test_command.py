@@ -115,7 +115,10 @@ def test_the_student_loads_in_vllm(short_run: tuple[Path, str], ray_cluster: Non
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["learner.num_ranks=32"], ["learner.num_ranks=32", "CPUs", "there are"]),
+        (
+            ["rollout.samples_per_prompt=1000", "learner.num_ranks=1000"],
+            ["learner.num_ranks=1000", "CPUs", "there are"],
+        ),
         (["teacher.top_k=45"], ["teacher.top_k=45", "<= 44"]),
         (["student.path=/nowhere/at/all"], ["/nowhere/at/all", "save_pretrained"]),
     ],

@@ -164,6 +164,7 @@ def test_the_prompts_end_before_the_steps(engines: Engines) -> None:
     assert len(record.metrics) == 4
     assert record.ledger["trained"] == 16
     assert record.ledger["evicted/drained"] == 4
+    assert record.ledger["failed/end_of_data"] == 4
     assert_balanced(record)
 
 

@@ -126,7 +126,7 @@ def test_a_value_out_of_range_is_refused_by_name(key: str, item: dataclasses.Fie
 
 CONTRADICTIONS = [
     ("teacher.top_k=1", "teacher.top_k=1"),
-    ("rollout.num_engines=5", "rollout.num_engines=5"),
+    ("rollout.num_engines=9", "rollout.num_engines=9"),
     ("learner.num_ranks=64", "learner.num_ranks=64"),
     ("learner.warmup_steps=500", "learner.warmup_steps=500"),
     ("data.template=chat_with_solution", "data.template=chat_with_solution"),
@@ -212,7 +212,7 @@ def test_help_and_cfg_answer_without_the_engines() -> None:
     """They take under 2 s on an idle machine as long as nothing heavy is imported."""
     help_text = run_main("--help")
     assert "lsm_block64" in help_text.stdout and "replay" in help_text.stdout
-    assert "num_steps: 100" in run_main("+experiment=lsm_block64", "num_steps=100", "--cfg", "job").stdout
+    assert "num_steps: 120" in run_main("+experiment=lsm_block64", "num_steps=120", "--cfg", "job").stdout
     code = (
         "import sys; sys.argv = ['x', '+experiment=lsm', '--cfg', 'job'];"
         "import runpy\n"
