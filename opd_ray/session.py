@@ -111,6 +111,7 @@ class Session:
     _store: Any = None
     _sinks: Sinks | None = None
     _progress: Progress | None = None
+    _dashboard: str = ""
 
     async def run(self, prompts: list[Prompt], problems: list[Prompt]) -> dict[str, Any]:
         """All phases; returns the summary."""
@@ -133,8 +134,7 @@ class Session:
     def _start_ray(self) -> ResourcePlan:
         if not ray.is_initialized():
             context = ray.init(logging_level=logging.ERROR, log_to_driver=False)
-            if context.dashboard_url:
-                self._phase(f"Ray dashboard at http://{context.dashboard_url}")
+            self._dashboard = f" (Ray dashboard: http://{context.dashboard_url})" if context.dashboard_url else ""
         # After ray.init, which puts a handler of its own in place.
         _end_on_sigterm()
         have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -153,7 +153,7 @@ class Session:
     ) -> Controller:
         """Start all actors, and evaluate teacher and student."""
         cfg = self.cfg
-        self._phase("starting engines, teacher and learner")
+        self._phase(f"starting engines, teacher and learner{self._dashboard}")
         groups = self._create_groups(plan, report)
         teacher_engine = self._create_teacher_engine(plan) if problems and cfg.evaluation.teacher else None
         await asyncio.gather(*(group.ready() for group in self._groups))

@@ -19,6 +19,7 @@ DEFAULT_FIELDS: dict[str, str] = {
 class FieldMap:
     """Names of the keys for problem, answer, solution and id; a dot goes into nested objects (``a.b``).
 
+    Where names are joined by ``|``, the first that a row has is taken (``problem|question``).
     `names` replaces defaults (`DEFAULT_FIELDS`); an empty name leaves a field out, so that ``{"id": ""}``
     numbers the rows. Raises `DataError` on an unknown field or when problem is left out.
     """
@@ -35,7 +36,11 @@ class FieldMap:
 
     def columns(self, names: list[str]) -> list[str]:
         """Which of the columns `names` to read; all, if a needed one is missing, for a telling error."""
-        wanted = {field: {name, name.split(".")[0]} for field, name in self._names.items() if name}
+        wanted = {
+            field: {part for name in names_of.split("|") for part in (name, name.split(".")[0])}
+            for field, names_of in self._names.items()
+            if names_of
+        }
         if any(wanted[field].isdisjoint(names) for field in self._required):
             return names
         return [name for name in names if any(name in keys for keys in wanted.values())]
@@ -82,19 +87,26 @@ class FieldMap:
         return str(value)
 
     def _find(self, row: Mapping[str, Any], field: str, where: str) -> Any:
-        name = self._names[field]
-        if not name:
-            return None
-        value: Any = row.get(name)
-        if value is None:
-            value = row
-            for key in name.split("."):
-                value = value.get(key) if isinstance(value, Mapping) else None
-        if value is None and field in self._required:
+        names = [name for name in self._names[field].split("|") if name]
+        for name in names:
+            value = _look_up(row, name)
+            if value is not None:
+                return value
+        if names and field in self._required:
+            wanted = " or ".join(repr(name) for name in names)
             raise DataError(
-                f"{where}: the row has no {name!r} (keys: {_keys(row)}): add it, or map {field!r} in data.fields"
+                f"{where}: the row has no {wanted} (keys: {_keys(row)}): add it, or map {field!r} in data.fields"
             )
-        return value
+        return None
+
+
+def _look_up(row: Mapping[str, Any], name: str) -> Any:
+    value: Any = row.get(name)
+    if value is None:
+        value = row
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def _last_user_message(messages: list[Any] | tuple[Any, ...], where: str) -> Any:

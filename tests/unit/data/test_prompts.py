@@ -183,3 +183,17 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "not a data set's name" in refusal(path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install datasets" in refusal("hub:me/set")
+
+
+def test_the_first_name_that_a_row_has_is_taken(tmp_path: Path) -> None:
+    """So that one mapping serves the public GSM8K (question, answer) and files with problem, answer and solution."""
+    fields = {"problem": "problem|question", "solution": "solution|answer"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"question": "q", "answer": "w #### 1"}\n{"problem": "p", "question": "other", "answer": "2", "solution": "s"}\n'
+    )
+    found = read_prompts(str(path), fields=fields)
+    assert [(p.problem, p.answer, p.solution) for p in found] == [("q", "w #### 1", "w #### 1"), ("p", "2", "s")]
+    path.write_text('{"text": "x"}\n')
+    with pytest.raises(DataError, match="has no 'problem' or 'question'"):
+        read_prompts(str(path), fields=fields)
