@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from opd_ray.config import GateKind, ObjectiveKind, RunConfig, Template
+from opd_ray.config import Advantage, BehaviorSource, GateKind, ObjectiveKind, RunConfig, Template
 from opd_ray.errors import ConfigError
 
 
@@ -87,3 +87,29 @@ def _check_groups(cfg: RunConfig) -> None:
             f"learner.warmup_steps={cfg.learner.warmup_steps} does not fit num_steps={cfg.num_steps}: "
             f"give a value < {cfg.num_steps}"
         )
+
+
+def announcements(cfg: RunConfig) -> list[str]:
+    """What is allowed and biases the result: one line each, to be said once at start-up."""
+    said = []
+    rollout = cfg.rollout
+    ratio_based = cfg.objective.kind is ObjectiveKind.opd
+    if rollout.temperature != 1.0:
+        said.append(
+            f"rollout.temperature={rollout.temperature:g}: log-probs are taken at temperature 1, so samples are not "
+            "of the student's own distribution"
+        )
+    if rollout.top_p < 1.0 and ratio_based:
+        said.append(
+            f"rollout.top_p={rollout.top_p:g} with objective.kind=opd: ratios are of the full distribution, samples of "
+            "its nucleus; the truncation is not corrected"
+        )
+    engine_drift = cfg.gate.behavior_source is BehaviorSource.rollout or cfg.replay.max_staleness > 0
+    if cfg.gate.kind is not GateKind.off and engine_drift:
+        said.append(
+            "drift is measured against the engine's log-probs where the learner has none of its own: compare "
+            "gate/drift_abs with gate/engine_mismatch"
+        )
+    if ratio_based and cfg.objective.advantage is Advantage.recompute:
+        said.append("objective.advantage=recompute: the ratio is not clipped (AsyncOPD), objective.clip_* are not used")
+    return said

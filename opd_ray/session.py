@@ -21,6 +21,7 @@ from opd_ray.actors.preflight import PreflightReport, PreflightSpec, preflight
 from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.teacher import TeacherGroup
 from opd_ray.config import RunConfig
+from opd_ray.config_checks import announcements
 from opd_ray.controller import Controller, Groups, evaluate, evaluation_metrics
 from opd_ray.data.source import PromptSource
 from opd_ray.errors import ActorError
@@ -64,6 +65,8 @@ def run_session(cfg: RunConfig, config_yaml: str, config_values: Mapping[str, An
     prompts = training_prompts(cfg.data, cfg.seed)
     problems = evaluation_problems(cfg)
     folder = RunFolder.create(cfg.runs_dir, f"{cfg.experiment}-{cfg.scale}-s{cfg.seed}")
+    for text in announcements(cfg):
+        sys.stderr.write(f"opd_ray: note: {text}\n")
     log_file = logging.FileHandler(folder.path / "run.log")
     log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(log_file)

@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from opd_ray.config import RunConfig
-from opd_ray.config_checks import check_config
+from opd_ray.config_checks import announcements, check_config
 from opd_ray.errors import ConfigError
 from opd_ray.main import conf_dir, to_run_config
 
@@ -146,6 +146,24 @@ def test_gate_spans_must_fit() -> None:
         composed("+experiment=lsm_newline", "gate.max_span=8")
 
 
+ANNOUNCED = {
+    "+experiment=lsm": [],
+    "+experiment=lsm rollout.top_p=0.9": [],
+    "+experiment=opd rollout.top_p=0.9": ["rollout.top_p=0.9"],
+    "+experiment=lsm rollout.temperature=0.7": ["rollout.temperature=0.7"],
+    "+experiment=lsm_block64 gate.behavior_source=rollout": ["engine's log-probs"],
+    "+experiment=lsm_block64 replay=overlap": ["engine's log-probs"],
+    "+experiment=opd objective.advantage=recompute": ["not clipped"],
+}
+
+
+@pytest.mark.parametrize("call", ANNOUNCED)
+def test_what_biases_a_result_is_said(call: str) -> None:
+    said = announcements(composed(*call.split()))
+    assert len(said) == len(ANNOUNCED[call])
+    assert all(word in text for word, text in zip(ANNOUNCED[call], said, strict=True))
+
+
 def test_k_of_one_is_fine_without_lsm() -> None:
     assert composed("+experiment=opd", "teacher.top_k=1").teacher.top_k == 1
 
@@ -205,6 +223,24 @@ def test_a_bad_call_ends_in_one_line(call: str, tmp_path: Path) -> None:
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert done.stderr.startswith("opd_ray: error: ")
     assert all(word in done.stderr for word in BAD_CALLS[call]), done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+BAD_PROMPTS = {
+    "empty": ("", ["prompts.jsonl", "no prompts"]),
+    "no problem": ('{"problem": "1+1="}\n{"question": "1+2="}\n', ["prompts.jsonl:2", "'problem'", "question"]),
+    "no JSON": ("1+1=\n", ["prompts.jsonl:1", "JSON"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PROMPTS)
+def test_bad_prompt_files_end_in_one_line(case: str, tmp_path: Path) -> None:
+    content, words = BAD_PROMPTS[case]
+    (tmp_path / "prompts.jsonl").write_text(content)
+    done = run_main("+experiment=lsm", f"data.path={tmp_path / 'prompts.jsonl'}", f"runs_dir={tmp_path / 'runs'}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("opd_ray: error: ") and len(done.stderr.strip().splitlines()) == 1
+    assert all(word in done.stderr for word in words), done.stderr
     assert not (tmp_path / "runs").exists()
 
 

@@ -190,7 +190,8 @@ def test_the_first_name_that_a_row_has_is_taken(tmp_path: Path) -> None:
     fields = {"problem": "problem|question", "solution": "solution|answer"}
     path = tmp_path / "rows.jsonl"
     path.write_text(
-        '{"question": "q", "answer": "w #### 1"}\n{"problem": "p", "question": "other", "answer": "2", "solution": "s"}\n'
+        '{"question": "q", "answer": "w #### 1"}\n'
+        '{"problem": "p", "question": "other", "answer": "2", "solution": "s"}\n'
     )
     found = read_prompts(str(path), fields=fields)
     assert [(p.problem, p.answer, p.solution) for p in found] == [("q", "w #### 1", "w #### 1"), ("p", "2", "s")]
