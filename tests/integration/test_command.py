@@ -39,7 +39,8 @@ def start(*args: str) -> subprocess.Popen[str]:
 
 
 def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
+    children: list[psutil.Process] = psutil.Process(process.pid).children(recursive=True)
+    return children
 
 
 def assert_gone(processes: list[psutil.Process], within_s: float = 15.0) -> None:
