@@ -24,7 +24,7 @@ from opd_ray.config import RunConfig
 from opd_ray.config_checks import announcements
 from opd_ray.controller import Controller, Groups, evaluate, evaluation_metrics
 from opd_ray.data.source import PromptSource
-from opd_ray.errors import ActorError
+from opd_ray.errors import ActorError, OpdError
 from opd_ray.evaluation.scoring import EvaluationResult
 from opd_ray.placement import ResourcePlan, Share, plan_resources
 from opd_ray.replay.staleness import StoreConfig
@@ -156,20 +156,28 @@ class Session:
     ) -> Controller:
         """Start all actors, and evaluate teacher and student."""
         cfg = self.cfg
+        engine = self._create_teacher_engine(plan) if problems and cfg.evaluation.teacher else None
+        if engine is not None and plan.rollout.gpus:
+            # The groups will need its GPU; on CPU it starts beside them, which is faster.
+            await self._evaluate_teacher(engine, problems)
         self._phase(f"starting engines, teacher and learner{self._dashboard}")
         groups = self._create_groups(plan, report)
-        teacher_engine = self._create_teacher_engine(plan) if problems and cfg.evaluation.teacher else None
         await asyncio.gather(*(group.ready() for group in self._groups))
         self._open_sinks()
-        if teacher_engine is not None:
-            self._phase("evaluating the teacher")
-            self.evaluations.teacher = await evaluate(cfg, teacher_engine, problems)
-            teacher_engine.shutdown()
+        if engine is not None and not plan.rollout.gpus:
+            await self._evaluate_teacher(engine, problems)
         if problems:
             self._phase("evaluating the student before training")
             self.evaluations.before = await evaluate(cfg, groups.rollout, problems)
             self._log_metrics(0, evaluation_metrics(self.evaluations.before))
         return Controller(cfg, groups, source, problems, self._log_metrics)
+
+    async def _evaluate_teacher(self, engine: RolloutGroup, problems: list[Prompt]) -> None:
+        self._phase("evaluating the teacher")
+        await engine.ready()
+        self.evaluations.teacher = await evaluate(self.cfg, engine, problems)
+        engine.shutdown()
+        self._groups.remove(engine)
 
     def _create_groups(self, plan: ResourcePlan, report: PreflightReport) -> Groups:
         cfg = self.cfg
@@ -196,13 +204,20 @@ class Session:
         try:
             await controller.train()
         finally:
-            self.folder.write_json("ledger.json", await controller.ledger())
+            await self._write_ledger(controller)
         if problems:
             self._phase("evaluating the student after training")
             self.evaluations.after = await evaluate(self.cfg, controller.rollout, problems)
             self._log_metrics(controller.totals.steps, evaluation_metrics(self.evaluations.after))
         self._phase("saving the student")
         await controller.save_student(self.folder.path / "student")
+
+    async def _write_ledger(self, controller: Controller) -> None:
+        try:
+            self.folder.write_json("ledger.json", await controller.ledger())
+        except OpdError as error:
+            # What ended the training is the error to show.
+            logger.warning("the ledger could not be written: %s", error)
 
     async def _summary(self, controller: Controller) -> dict[str, Any]:
         totals = controller.totals

@@ -203,11 +203,13 @@ class RolloutGroup(WorkerGroup):
 
     @classmethod
     def create(cls, cfg: RunConfig, share: Share, paths: Sequence[str], role: str = ROLE) -> RolloutGroup:
-        """Start one engine for each entry of `paths`; returns at once (await `ready`)."""
+        """Start one engine for each entry of `paths`; returns at once (await `ready`).
+
+        Under another `role` than the usual one it samples from the teacher, in the teacher's dtype.
+        """
         group = cls(role, cfg.deadline_s)
-        specs = [
-            (RolloutSpec.of(cfg, f"{role}-{index}", path, cfg.student.dtype.name),) for index, path in enumerate(paths)
-        ]
+        dtype = (cfg.student if role == ROLE else cfg.teacher).dtype.name
+        specs = [(RolloutSpec.of(cfg, f"{role}-{index}", path, dtype),) for index, path in enumerate(paths)]
         env = {"VLLM_CPU_KVCACHE_SPACE": str(cfg.rollout.kv_cache_gib)} if share.gpus == 0 else {}
         group.start(RolloutWorker, share, specs, env)
         return group
