@@ -18,7 +18,7 @@ from opd_ray.actors.weights import WeightBucket
 from opd_ray.controller import Controller, Groups
 from opd_ray.errors import WeightSyncError
 from opd_ray.replay.codec import decode
-from opd_ray.replay.rows import scored_rows
+from opd_ray.replay.rows import rollout_rows, scored_rows
 from opd_ray.types import Prompt, RolloutRequest, WeightsReceipt
 from tests.integration.runs import NO_SHARE, Engines, RunRecord, small_config, train
 
@@ -126,6 +126,32 @@ def test_engine_and_learner_agree_after_training(engines: Engines) -> None:
     mismatch = [step["gate/engine_mismatch/rms"] for step in record.metrics if "gate/engine_mismatch/rms" in step]
     assert len(mismatch) == 3
     assert max(mismatch) < 1e-4
+
+
+def test_new_weights_are_taken_over_in_the_middle_of_requests(engines: Engines) -> None:
+    """No request is lost, and each token says which version made it."""
+    prompt = Prompt(id="p", problem="7+3-4=")
+    receipts: list[Any] = []
+
+    async def probe(groups: Groups, controller: Controller) -> None:
+        worker = groups.rollout.workers[0]
+        weights, buckets = await groups.learner.export(100)
+        for attempt in range(10):
+            slots = tuple(10**6 + 100 * attempt + i for i in range(16))
+            payload, receipt = worker.generate.options(num_returns=2).remote(RolloutRequest((prompt,), slots, 16))
+            # How long a request takes depends on the machine: one of the waits falls into the decoding.
+            await asyncio.sleep(0.02 * (attempt + 1))
+            await worker.load_weights.remote(weights, *buckets)
+            receipts.append(await receipt)
+            assert len(receipts[-1].trajectories) == 16
+            for row in rollout_rows(decode(await payload)):
+                assert len(row.token_versions) == len(row.response_token_ids)
+                assert (np.diff(row.version_values) > 0).all()
+            weights = WeightsReceipt(101 + attempt, weights.checksum, weights.num_bytes)
+
+    train(small_config("lsm"), engines, after=probe)
+    mixed = [t for receipt in receipts for t in receipt.trajectories if t.oldest_version < t.newest_version]
+    assert mixed
 
 
 def test_damaged_weights_are_refused(engines: Engines) -> None:
