@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -280,11 +281,18 @@ class Session:
 
     def _closing_words(self) -> str:
         table = results_table(**self.evaluations.as_dict())
-        latest = self.folder.path.parent / "latest"
+        folder, latest = self.folder.path, _shown(self.folder.path.parent / "latest")
+        python = _shown(Path(sys.executable))
         return (
             f"\n{table}\n\n"
-            f"run folder:  {self.folder.path}\n"
-            f"student:     {self.folder.path / 'student'} (for transformers and vLLM)\n"
-            f"next:        python -m opd_ray.main +experiment=lsm   # the same without the gate; then compare\n"
-            f"             {latest / 'summary.json'}\n"
+            f"run folder:     {folder}\n"
+            f"student:        {folder / 'student'} (for transformers and vLLM)\n"
+            f"look at it:     {python} -m opd_ray.report.learning_curve {latest} --out curve.png\n"
+            f"next, no gate:  {python} -m opd_ray.main +experiment=lsm\n"
         )
+
+
+def _shown(path: Path) -> str:
+    """A path as it can be typed here: relative where it lies below the current folder."""
+    # Not resolved: a virtual environment's interpreter is a link that must be called by its own name.
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -77,7 +77,8 @@ def test_what_a_run_leaves(short_run: tuple[Path, str]) -> None:
     for key in ("min", "p05", "mean", "max", "share_under_half"):
         assert all(f"gate/value/{key}" in row for row in steps)
     assert (folder / "wandb").is_dir()
-    assert "student before" in out and str(folder) in out and "python -m opd_ray.main" in out
+    assert "student before" in out and str(folder) in out
+    assert f"{sys.executable} -m opd_ray.main +experiment=lsm" in out.replace(" .venv", f" {ROOT}/.venv")
 
 
 def test_the_student_loads_in_transformers(short_run: tuple[Path, str]) -> None:
