@@ -112,9 +112,7 @@ class Controller:
             # Where the data ended, some trajectories are still on their way; the books close when they are in.
             await asyncio.gather(*self._producers)
         finally:
-            for task in (rollout_loop, learner_loop, *self._producers):
-                task.cancel()
-            await asyncio.gather(rollout_loop, learner_loop, *self._producers, return_exceptions=True)
+            await _end({rollout_loop, learner_loop, *self._producers})
             self.totals.wall_s = time.monotonic() - started
 
     async def _store(self, ref: Any) -> Any:
@@ -262,6 +260,16 @@ async def evaluate(cfg: RunConfig, engines: RolloutGroup, problems: list[Prompt]
 def evaluation_metrics(result: EvaluationResult) -> dict[str, float]:
     """An evaluation's figures as metrics."""
     return {f"evaluation/{name}": float(value) for name, value in result.as_dict().items()}
+
+
+async def _end(tasks: set[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended, whatever they make of it; their results and errors are dropped."""
+    running = {task for task in tasks if not task.done()}
+    while running:
+        for task in running:
+            task.cancel()
+        _, running = await asyncio.wait(running, timeout=1.0)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _first_failure_or(

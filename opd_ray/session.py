@@ -260,7 +260,8 @@ class Session:
         """End every actor; engines are asked first, as their interpreter can hang at its exit."""
         stopping = [group.stop() for group in self._groups]
         try:
-            await asyncio.wait_for(asyncio.gather(*stopping, return_exceptions=True), STOP_S)
+            async with asyncio.timeout(STOP_S):
+                await asyncio.gather(*stopping, return_exceptions=True)
         except TimeoutError:
             logger.warning("some actors did not stop within %g s and are killed", STOP_S)
         for group in self._groups:

@@ -96,7 +96,9 @@ class WorkerGroup:
 async def remote_result(ref: Any, actor: str, deadline_s: float) -> Any:
     """Await an object reference; raises the actor's own `OpdError`, or `ActorError` when it died, failed or hung."""
     try:
-        return await asyncio.wait_for(_awaited(ref), timeout=deadline_s)
+        # Not wait_for: before Python 3.12 it can swallow a cancellation that meets the result.
+        async with asyncio.timeout(deadline_s):
+            return await ref
     except (TimeoutError, GetTimeoutError) as error:
         raise ActorError(
             f"actor {actor} gave no answer in {deadline_s:g} s: look at its log in the Ray "
@@ -117,10 +119,6 @@ async def remote_result(ref: Any, actor: str, deadline_s: float) -> Any:
             f"actor {actor} died ({_death_cause(error)}): look for lack of memory or a crash in the Ray dashboard's "
             "log, and start again"
         ) from error
-
-
-async def _awaited(ref: Any) -> Any:
-    return await ref
 
 
 def _death_cause(error: RayActorError) -> str:

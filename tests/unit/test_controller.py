@@ -193,6 +193,25 @@ def test_an_error_in_a_group_ends_the_run_with_that_error() -> None:
         asyncio.run(asyncio.wait_for(run(config(2, 1, 50, 1), world), timeout=20))
 
 
+@pytest.mark.parametrize("first", range(0, 400, 50))
+def test_an_interrupt_at_any_moment_ends_everything(first: int) -> None:
+    """A cancellation that met a result was once swallowed, and the run went on without its rollout loop."""
+
+    async def interrupted(moment: int) -> set[asyncio.Task[Any]]:
+        task = asyncio.create_task(run(config(1, 2, 10_000, 2), World(moment, 3)))
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            async with asyncio.timeout(5):
+                await task
+        # What the fake actors still do is theirs; the controller's own tasks must be gone.
+        return {t for t in asyncio.all_tasks() if "Controller" in repr(t.get_coro())}
+
+    for moment in range(first, first + 50):
+        assert asyncio.run(interrupted(moment)) == set()
+
+
 def test_finite_prompts_drain() -> None:
     world = World(5, 4)
     done = asyncio.run(run(config(1, 1, 100, 1), world, num_prompts=7, epochs=1))
