@@ -5,7 +5,7 @@ Shape letters: B sequences, T response tokens, K top-K, S segments, V vocabulary
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +95,3 @@ class WeightsReceipt:
     policy_version: int
     checksum: str
     num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one learner step reports: flat metrics (`role/quantity/stat` to value)."""
-
-    policy_version: int
-    metrics: dict[str, float] = field(default_factory=dict)

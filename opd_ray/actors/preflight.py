@@ -77,13 +77,12 @@ def preflight(spec: PreflightSpec, prompts: Sequence[Prompt], problems: Sequence
 def _checked_vocab_size(path: str, spec: PreflightSpec) -> int:
     from transformers import AutoConfig
 
+    from opd_ray.actors.tokenization import cannot_load
+
     try:
         config: Any = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"no model config can be loaded from {path!r} ({type(error).__name__}): give a folder written by "
-            "save_pretrained, or a hub id where the hub can be reached"
-        ) from error
+        raise cannot_load("model config", path, error) from error
     longest = spec.max_prompt_tokens + spec.max_response_tokens
     context = getattr(config, "max_position_embeddings", longest)
     if longest > context:

@@ -21,11 +21,16 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"no tokenizer can be loaded from {path!r} ({type(error).__name__}): give a folder written by "
-            "save_pretrained, or a hub id where the hub can be reached"
-        ) from error
+        raise cannot_load("tokenizer", path, error) from error
     return tokenizer
+
+
+def cannot_load(what: str, path: str, error: Exception) -> ModelError:
+    """The error for a part of a model that is not where `path` says."""
+    return ModelError(
+        f"no {what} can be loaded from {path!r} ({type(error).__name__}): give a folder written by "
+        "save_pretrained, or a hub id where the hub can be reached"
+    )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
