@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
-from opd_ray.config import AnswerFormat
+from opd_ray.choices import AnswerFormat
 from opd_ray.tiny import task
 
 # A minus is a sign only where it cannot be a subtraction; a comma counts only before three digits.

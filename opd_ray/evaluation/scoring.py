@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opd_ray.config import AnswerFormat
+from opd_ray.choices import AnswerFormat
 from opd_ray.errors import DataError
 from opd_ray.evaluation.answers import is_correct, is_gradable
 from opd_ray.evaluation.pass_at_k import avg_at_n, pass_at_k
