@@ -1,115 +1,34 @@
 """What a run can be told: `RunConfig` and its parts, with the unit and the range of every field.
 
 Hydra composes these dataclasses from `conf/`; `config_checks.check_config` enforces the ranges given here and the rules
-that join several fields. Enum members carry their own name in lower case, as they are written on the command line.
+that join several fields. The names that a key may take are in `choices`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
-
-class ObjectiveKind(Enum):
-    """`lsm`: teacher top-K local support matching; `opd`: clipped sampled-token policy gradient."""
-
-    lsm = "lsm"
-    opd = "opd"
-
-
-class Advantage(Enum):
-    """`frozen`: log q - log pi_behavior (the paper); `recompute`: log q - log pi_current (AsyncOPD)."""
-
-    frozen = "frozen"
-    recompute = "recompute"
-
-
-class GateKind(Enum):
-    """What a gate segment is; `off` trains ungated."""
-
-    off = "off"
-    block = "block"
-    newline = "newline"
-
-
-class DriftStatistic(Enum):
-    """How a segment's drift is reduced to one number."""
-
-    signed_mean = "signed_mean"
-    mean_abs = "mean_abs"
-    rms = "rms"
-    k3 = "k3"
-
-
-class GateNormalize(Enum):
-    """Over which tokens the gates average to one."""
-
-    step = "step"
-    sequence = "sequence"
-
-
-class BehaviorSource(Enum):
-    """Whose log-probs stand for the behaviour student in the drift: the engine's or the learner's own first visit."""
-
-    rollout = "rollout"
-    learner = "learner"
-
-
-class Dtype(Enum):
-    """Floating point type of a model's weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class LogprobDtype(Enum):
-    """Floating point type of the teacher's top-K log-probs in a trajectory batch."""
-
-    float32 = "float32"
-    float16 = "float16"
-
-
-class LrSchedule(Enum):
-    """Learning-rate schedule after the warm-up."""
-
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-
-
-class Template(Enum):
-    """How a prompt becomes text (`data.templates`)."""
-
-    completion = "completion"
-    chat = "chat"
-    boxed_chat = "boxed_chat"
-    chat_with_solution = "chat_with_solution"
-    completion_with_solution = "completion_with_solution"
-
-
-class Overlong(Enum):
-    """What happens to a prompt longer than `data.max_prompt_tokens`."""
-
-    error = "error"
-    drop = "drop"
-
-
-class AnswerFormat(Enum):
-    """Where the final answer stands in a response (`evaluation.answers`)."""
-
-    tiny = "tiny"
-    last_number = "last_number"
-    boxed = "boxed"
-
-
-class WandbMode(Enum):
-    """`auto` is online when an API key is configured and offline otherwise."""
-
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-    disabled = "disabled"
+from opd_ray.choices import (
+    Advantage,
+    AnswerFormat,
+    BehaviorSource,
+    Direction,
+    DriftStatistic,
+    Dtype,
+    GateControl,
+    GateKind,
+    GateNormalize,
+    LogprobDtype,
+    LrSchedule,
+    MaskRule,
+    ObjectiveKind,
+    Overlong,
+    Support,
+    TauMode,
+    Template,
+    WandbMode,
+)
 
 
 def ranged(
@@ -145,6 +64,7 @@ class TeacherConfig:
     dtype: Dtype = documented(Dtype.float32, "dtype of the teacher's weights")
     template: Template = documented(Template.completion, "template of the prompt that the teacher sees")
     top_k: int = ranged(32, "support ids a position, K", ge=1)
+    support: Support = documented(Support.teacher_topk, "whose K most probable ids are scored")
     num_workers: int = ranged(1, "teacher actors", ge=1)
     num_cpus: float = ranged(0.0, "CPUs of one worker, 0 = an even share; whole CPUs are its threads", ge=0)
     num_gpus: float = ranged(0.0, "GPUs of one worker", ge=0)
@@ -215,27 +135,48 @@ class LearnerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
-    """The loss at a position."""
+    """The loss at a position, and the positions that have one."""
 
     kind: ObjectiveKind = documented(ObjectiveKind.lsm, "which loss")
     advantage: Advantage = documented(Advantage.frozen, "advantage of `opd`")
     clip_low: float = ranged(0.2, "PPO clip below 1, `opd` with a frozen advantage", gt=0, le=1)
     clip_high: float = ranged(0.2, "PPO clip above 1, `opd` with a frozen advantage", gt=0)
     dual_clip: float = ranged(3.0, "bound of the loss for negative advantages, x|advantage|", gt=1)
+    renormalize: bool = documented(False, "`forward_kl`: renormalise both sides over the support")
+    direction: Direction = documented(Direction.reverse, "direction of `tail_kl`")
+    beta: float = ranged(0.5, "`jsd`: weight of the teacher in the mixture; 0 = forward, 1 = reverse KL", ge=0, le=1)
+    include_sampled: bool = documented(False, "the support takes in the sampled token where it is outside")
+    mask_rules: list[MaskRule] = field(
+        default_factory=list, metadata={"doc": "response tokens that leave the loss, by rule"}
+    )
+    entropy_top_share: float = ranged(1.0, "share of a response's positions kept, by student entropy", gt=0, le=1)
 
 
 @dataclass(kw_only=True, slots=True)
 class GateConfig:
-    """The policy-drift gate (arXiv 2606.24084)."""
+    """The policy-drift gate (arXiv 2606.24084), and what it is compared with."""
 
-    kind: GateKind = documented(GateKind.off, "segments: none, fixed blocks or spans between newlines")
+    kind: GateKind = documented(GateKind.off, "what weighs the tokens")
     tau: float = ranged(1.0, "sharpness: gate = exp(-tau * drift)", ge=0)
+    tau_mode: TauMode = documented(TauMode.fixed, "what tau is multiplied or divided by")
+    tau_quantile: float = ranged(0.5, "`tau_mode=quantile`: which quantile of |drift|", gt=0, le=1)
+    memory: float = ranged(
+        0.9, "decay a step of the running quantile and of the running engine mismatch", ge=0, le=0.999
+    )
     statistic: DriftStatistic = documented(DriftStatistic.signed_mean, "a segment's drift")
-    normalize: GateNormalize = documented(GateNormalize.step, "tokens over which the gate has mean one")
+    normalize: GateNormalize = documented(GateNormalize.step, "tokens over which the weights have mean one")
     behavior_source: BehaviorSource = documented(BehaviorSource.learner, "whose behaviour log-probs drift is against")
+    calibrate: bool = documented(False, "take the running engine mismatch off drift against the engine's log-probs")
     block_size: int = ranged(64, "tokens of a block; also the fallback where a response has no newline", ge=1)
     min_span: int = ranged(16, "newline spans under this many tokens merge", ge=1)
     max_span: int = ranged(128, "newline spans over this many tokens split", ge=1)
+    drift_tokens: int = ranged(0, "tokens of a segment whose drift is measured, 0 = all", ge=0)
+    max_weight: float = ranged(0.0, "largest weight of a token after normalisation, > 1; 0 = no bound", ge=0)
+    control: GateControl = documented(GateControl.none, "replace the gates by a control")
+    cap: float = ranged(2.0, "`tis`: largest ratio", ge=1)
+    low: float = ranged(0.5, "`icepop`, `geometric_mask`: lowest ratio kept", ge=0, le=1)
+    high: float = ranged(2.0, "`icepop`, `geometric_mask`: highest ratio kept", ge=1)
+    drop_above: float = ranged(0.1, "`hard_drop`: |drift| over which a block is dropped, nats", ge=0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -264,6 +205,10 @@ class TelemetryConfig:
     wandb: WandbMode = documented(WandbMode.auto, "W&B mode")
     wandb_project: str = documented("opd_ray", "W&B project")
     progress: bool = documented(True, "show the progress bar")
+    probe_positions: int = ranged(
+        64, "positions a rank and step where the full distribution is looked at, 0 = none", ge=0
+    )
+    min_support_mass: float = ranged(0.5, "alarm where the student's mean mass on the support is below", ge=0, le=1)
 
 
 @dataclass(kw_only=True, slots=True)

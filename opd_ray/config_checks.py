@@ -7,7 +7,18 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from opd_ray.config import Advantage, BehaviorSource, GateKind, ObjectiveKind, RunConfig, Template
+from opd_ray.choices import (
+    Advantage,
+    BehaviorSource,
+    GateControl,
+    GateKind,
+    GateNormalize,
+    ObjectiveKind,
+    Support,
+    TauMode,
+    Template,
+)
+from opd_ray.config import RunConfig
 from opd_ray.errors import ConfigError
 
 
@@ -17,6 +28,8 @@ def check_config(cfg: RunConfig) -> None:
         _check_range(key, value, meta)
     _check_paths(cfg)
     _check_groups(cfg)
+    _check_objective(cfg)
+    _check_gate(cfg)
 
 
 def _leaves(part: Any, prefix: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -62,16 +75,6 @@ def _check_paths(cfg: RunConfig) -> None:
 
 
 def _check_groups(cfg: RunConfig) -> None:
-    if cfg.objective.kind is ObjectiveKind.lsm and cfg.teacher.top_k < 2:
-        raise ConfigError(
-            f"teacher.top_k={cfg.teacher.top_k} with objective.kind=lsm: the renormalised loss over one id is always "
-            "zero; give a value >= 2"
-        )
-    if cfg.gate.kind is GateKind.newline and cfg.gate.max_span < cfg.gate.min_span:
-        raise ConfigError(
-            f"gate.max_span={cfg.gate.max_span} is below gate.min_span={cfg.gate.min_span}: "
-            f"give gate.max_span >= {cfg.gate.min_span}"
-        )
     if cfg.rollout.num_engines > cfg.rollout.prompts_per_step:
         raise ConfigError(
             f"rollout.num_engines={cfg.rollout.num_engines} exceeds rollout.prompts_per_step="
@@ -86,6 +89,76 @@ def _check_groups(cfg: RunConfig) -> None:
         raise ConfigError(
             f"learner.warmup_steps={cfg.learner.warmup_steps} does not fit num_steps={cfg.num_steps}: "
             f"give a value < {cfg.num_steps}"
+        )
+
+
+def _check_objective(cfg: RunConfig) -> None:
+    objective, kind = cfg.objective, cfg.objective.kind
+    renormalized = kind in (ObjectiveKind.lsm, ObjectiveKind.jsd) or (
+        kind is ObjectiveKind.forward_kl and objective.renormalize
+    )
+    if renormalized and cfg.teacher.top_k < 2:
+        raise ConfigError(
+            f"teacher.top_k={cfg.teacher.top_k} with objective.kind={kind.name}: the renormalised loss over one id is "
+            "always zero; give a value >= 2"
+        )
+    if kind is ObjectiveKind.opd and objective.include_sampled:
+        raise ConfigError(
+            "objective.include_sampled=true with objective.kind=opd, which looks at no support: choose lsm, "
+            "forward_kl, tail_kl or jsd"
+        )
+    if kind is ObjectiveKind.opd and cfg.teacher.support is not Support.teacher_topk:
+        raise ConfigError(
+            f"teacher.support={cfg.teacher.support.name} with objective.kind=opd, which looks at no support: choose "
+            "lsm, forward_kl, tail_kl or jsd"
+        )
+    names = [rule.name for rule in objective.mask_rules]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"objective.mask_rules={names} names a rule twice: name each once")
+
+
+# Gate options that only a drift gate has, with the value that turns each off.
+_DRIFT_GATE_ONLY = {
+    "tau_mode": TauMode.fixed,
+    "control": GateControl.none,
+    "max_weight": 0.0,
+    "calibrate": False,
+    "drift_tokens": 0,
+}
+
+
+def _check_gate(cfg: RunConfig) -> None:
+    gate = cfg.gate
+    if not gate.kind.is_drift_gate:
+        for name, unset in _DRIFT_GATE_ONLY.items():
+            value = getattr(gate, name)
+            if value != unset:
+                raise ConfigError(
+                    f"gate.{name}={getattr(value, 'name', value)} with gate.kind={gate.kind.name}: it needs gate.kind="
+                    "token, block, sequence or newline"
+                )
+        if gate.kind is not GateKind.off and gate.normalize is GateNormalize.sequence:
+            raise ConfigError(f"gate.normalize=sequence with gate.kind={gate.kind.name}: choose step or none")
+    if gate.kind is GateKind.newline and gate.max_span < gate.min_span:
+        raise ConfigError(
+            f"gate.max_span={gate.max_span} is below gate.min_span={gate.min_span}: "
+            f"give gate.max_span >= {gate.min_span}"
+        )
+    if gate.max_weight and gate.max_weight <= 1:
+        raise ConfigError(
+            f"gate.max_weight={gate.max_weight} cannot hold with a mean of 1: give a value > 1, or 0 for none"
+        )
+    if gate.max_weight and gate.normalize is GateNormalize.none:
+        raise ConfigError("gate.max_weight with gate.normalize=none: raw gates are at most 1; choose step or sequence")
+    if gate.calibrate and gate.behavior_source is BehaviorSource.learner and cfg.replay.max_staleness == 0:
+        raise ConfigError(
+            "gate.calibrate=true with gate.behavior_source=learner and replay.max_staleness=0: no drift is measured "
+            "against the engine; set gate.behavior_source=rollout, or leave it out"
+        )
+    if gate.drift_tokens and cfg.objective.kind is ObjectiveKind.opd:
+        raise ConfigError(
+            f"gate.drift_tokens={gate.drift_tokens} with objective.kind=opd, which computes every token's log-prob "
+            "anyway: give gate.drift_tokens=0"
         )
 
 
@@ -105,6 +178,15 @@ def announcements(cfg: RunConfig) -> list[str]:
             "its nucleus; the truncation is not corrected"
         )
     engine_drift = cfg.gate.behavior_source is BehaviorSource.rollout or cfg.replay.max_staleness > 0
+    if cfg.gate.kind is not GateKind.off and cfg.replay.reuse == 1 and cfg.replay.max_staleness == 0:
+        said.append(
+            f"gate.kind={cfg.gate.kind.name} with replay.reuse=1 and replay.max_staleness=0: every trajectory is "
+            "fresh, so the weights are always one"
+        )
+    if cfg.gate.control is not GateControl.none:
+        said.append(
+            f"gate.control={cfg.gate.control.name}: a control, whose weights have nothing to do with their own drift"
+        )
     if cfg.gate.kind is not GateKind.off and engine_drift:
         said.append(
             "drift is measured against the engine's log-probs where the learner has none of its own: compare "

@@ -1,4 +1,4 @@
-"""One immutable record for each hop of a trajectory (see `controller` for the way it takes).
+"""One immutable record for each hop of a trajectory (see `controller` for the way it takes), and a histogram metric.
 
 Shape letters: B sequences, T response tokens, K top-K, S segments, V vocabulary, H hidden, D ranks.
 """
@@ -95,3 +95,11 @@ class WeightsReceipt:
     policy_version: int
     checksum: str
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """A metric that is no single number: `counts` [N] of the values in the bins between rising `edges` [N + 1]."""
+
+    edges: tuple[float, ...]
+    counts: tuple[float, ...]

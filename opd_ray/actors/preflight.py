@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd_ray.config import Overlong, RunConfig, Template
+from opd_ray.choices import Overlong, Template
+from opd_ray.config import RunConfig
 from opd_ray.errors import DataError, ModelError
 from opd_ray.types import Prompt
 

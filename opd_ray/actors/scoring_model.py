@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from opd_ray.config import Dtype
+from opd_ray.choices import Dtype
 from opd_ray.errors import ModelError
 
 

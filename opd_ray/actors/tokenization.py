@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from opd_ray.config import Template
+from opd_ray.choices import Template
 from opd_ray.data.templates import render
 from opd_ray.errors import ModelError
 from opd_ray.types import Prompt

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from opd_ray.errors import DataError, OpdError
+from opd_ray.report.figures import COLORS, INK, draw_line, finish_axes, new_figure, read_records, save_figure
 
 Series = dict[str, dict[int, float]]
 """Metric key to its finite values by step."""
 
-_INK, _GRID = "#2b2b2b", "#e4e4e4"
-_COLORS = ("#1f5fa8", "#d9822b", "#3a8f5c", "#8a4fa3")
 _GATE_KEYS = ("gate/value/min", "gate/value/p05")
 _LOSS_KEY = "learner/loss/mean"
 _DRIFT_PREFIX = "gate/drift_abs/staleness_"
@@ -50,50 +48,31 @@ def plot_run(run: Path, out: Path) -> None:
     """
     series = read_series(run / "metrics.jsonl")
     summary = _read_summary(run / "summary.json")
-    try:
-        figure_type = importlib.import_module("matplotlib.figure").Figure
-    except ImportError as error:
-        raise DataError("plotting needs matplotlib: pip install matplotlib") from error
-    figure = figure_type(figsize=(9.6, 5.6), dpi=150, layout="constrained", facecolor="white")
-    figure.suptitle(run.resolve().name, fontsize=11, color=_INK)
+    figure = new_figure(run.resolve().name, 9.6, 5.6)
     (loss, gate), (drift, evaluation) = figure.subplots(2, 2)
     _draw_loss(loss, series)
     _draw_gate(gate, series)
     _draw_drift(drift, series)
     _draw_evaluation(evaluation, series, summary)
-    try:
-        figure.savefig(out)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot write {out}: {error}") from error
+    save_figure(figure, out)
 
 
 def read_series(path: Path) -> Series:
     """Read `metrics.jsonl`; of a step that was logged twice (a resumed run) the later value counts.
 
+    Histograms are left out.
+
     Raises:
         DataError: the file is missing, empty, or not made of JSON objects with a step.
     """
     series: Series = {}
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                _add_line(series, line, f"{path}, line {number}")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; give a run folder") from error
+    for step, record in read_records(path):
+        for key, value in record.items():
+            if isinstance(value, int | float):
+                series.setdefault(key, {})[step] = float(value)
     if not series:
         raise DataError(f"{path} has no metrics yet")
     return series
-
-
-def _add_line(series: Series, line: str, where: str) -> None:
-    try:
-        record = json.loads(line)
-        step = int(record.pop("step"))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{where}: not a JSON object with a step") from error
-    for key, value in record.items():
-        if key != "time" and isinstance(value, int | float):
-            series.setdefault(key, {})[step] = float(value)
 
 
 def _read_summary(path: Path) -> Mapping[str, Any]:
@@ -110,25 +89,25 @@ def _draw_loss(axes: Any, series: Series) -> None:
     if values:
         steps = sorted(values)
         raw = [values[step] for step in steps]
-        axes.plot(steps, raw, color=_COLORS[0], linewidth=0.8, alpha=0.35)
-        axes.plot(steps, _smoothed(raw), color=_COLORS[0], linewidth=1.8)
-    _finish(axes, "loss", "", bool(values))
+        axes.plot(steps, raw, color=COLORS[0], linewidth=0.8, alpha=0.35)
+        axes.plot(steps, _smoothed(raw), color=COLORS[0], linewidth=1.8)
+    finish_axes(axes, "loss", "", bool(values))
 
 
 def _draw_gate(axes: Any, series: Series) -> None:
     keys = [key for key in _GATE_KEYS if key in series]
-    for key, color in zip(keys, _COLORS[1:], strict=False):
-        _line(axes, series[key], color, key.rsplit("/", 1)[1])
+    for key, color in zip(keys, COLORS[1:], strict=False):
+        draw_line(axes, series[key], color, key.rsplit("/", 1)[1])
     if keys:
-        axes.axhline(1.0, color=_INK, linewidth=0.8, linestyle=":")
-    _finish(axes, "gate of a segment", "1 = open", bool(keys))
+        axes.axhline(1.0, color=INK, linewidth=0.8, linestyle=":")
+    finish_axes(axes, "gate of a segment", "1 = open", bool(keys))
 
 
 def _draw_drift(axes: Any, series: Series) -> None:
     levels = _drift_levels(series)
-    for level, color in zip(levels, _COLORS, strict=False):
-        _line(axes, series[f"{_DRIFT_PREFIX}{level}"], color, f"{level}")
-    _finish(axes, "mean |drift| by staleness", "nats a token", bool(levels))
+    for level, color in zip(levels, COLORS, strict=False):
+        draw_line(axes, series[f"{_DRIFT_PREFIX}{level}"], color, f"{level}")
+    finish_axes(axes, "mean |drift| by staleness", "nats a token", bool(levels))
 
 
 def _drift_levels(series: Series) -> list[int]:
@@ -143,42 +122,12 @@ def _draw_evaluation(axes: Any, series: Series, summary: Mapping[str, Any]) -> N
     for key in keys[:1]:
         n = key.removeprefix(_EVALUATION_PREFIX)
         label = f"avg@{n}"
-        _line(axes, series[key], _COLORS[2], "student", marker="o", markersize=4)
+        draw_line(axes, series[key], COLORS[2], "student", marker="o", markersize=4)
         teacher = (summary.get("eval") or {}).get("teacher") or {}
         if f"avg_at_{n}" in teacher:
-            axes.axhline(teacher[f"avg_at_{n}"], color=_INK, linewidth=1.0, linestyle="--", label="teacher")
+            axes.axhline(teacher[f"avg_at_{n}"], color=INK, linewidth=1.0, linestyle="--", label="teacher")
         axes.set_ylim(0, 1.05)
-    _finish(axes, f"{label} on held-out problems", "", bool(keys))
-
-
-def _line(axes: Any, values: Mapping[int, float], color: str, label: str, **style: Any) -> None:
-    steps = sorted(values)
-    axes.plot(steps, [values[step] for step in steps], color=color, linewidth=1.5, label=label, **style)
-
-
-def _finish(axes: Any, title: str, unit: str, drawn: bool) -> None:
-    axes.set_title(title + (f"  ({unit})" if unit else ""), fontsize=9.5, loc="left", color=_INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#9a9a9a")
-    axes.tick_params(colors=_INK, labelsize=8, color="#9a9a9a")
-    axes.grid(color=_GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.set_xlabel("step", fontsize=8, color=_INK)
-    if not drawn:
-        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", fontsize=9, color="#9a9a9a")
-    elif axes.get_legend_handles_labels()[1]:
-        # Above the axes, where no line runs.
-        axes.legend(
-            frameon=False,
-            fontsize=8,
-            ncols=4,
-            loc="lower right",
-            bbox_to_anchor=(1.01, 0.99),
-            borderaxespad=0.2,
-            handlelength=1.2,
-            handletextpad=0.4,
-            columnspacing=1.0,
-        )
+    finish_axes(axes, f"{label} on held-out problems", "", bool(keys))
 
 
 def _smoothed(values: Iterable[float]) -> list[float]:

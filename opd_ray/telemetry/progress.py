@@ -8,9 +8,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Protocol, SupportsFloat, TextIO
+from typing import Protocol, TextIO
 
 from opd_ray.telemetry.live_view import LiveView
+from opd_ray.telemetry.metrics import Metric
+from opd_ray.types import Histogram
 
 _RATE_WINDOW = 20
 """Updates over which the time left is estimated."""
@@ -49,7 +51,7 @@ class Progress:
         self._state.begin_phase(text)
         self._show(lambda view: view.phase_began(text))
 
-    def update(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+    def update(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Report that `step` steps are done; ends a phase. Figures that `metrics` lacks keep their value.
 
         The phase that waits for a step ("training") ends without a line of its own.
@@ -111,16 +113,17 @@ class ProgressState:
         ended, self.phase = self.phase, None
         return None if ended is None else (ended[0], self._clock() - ended[1])
 
-    def update(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Take the step and the figures in."""
+    def update(self, step: int, metrics: Mapping[str, Metric]) -> None:
+        """Take the step and the figures in; histograms have no place here."""
+        numbers = {key: float(value) for key, value in metrics.items() if not isinstance(value, Histogram)}
         if self.step is None or step > self.step:
             self._marks.append((self._clock(), step))
         self.step = step
-        self._figures.update({key: float(metrics[key]) for key in _FIGURES if key in metrics})
-        sizes = [int(found.group(1)) for found in map(_PASS_AT.fullmatch, metrics) if found]
+        self._figures.update({key: numbers[key] for key in _FIGURES if key in numbers})
+        sizes = [int(found.group(1)) for found in map(_PASS_AT.fullmatch, numbers) if found]
         if sizes:
             k = 8 if 8 in sizes else max(sizes)
-            self._pass_at = (k, float(metrics[f"evaluation/pass_at_{k}"]))
+            self._pass_at = (k, numbers[f"evaluation/pass_at_{k}"])
 
     @property
     def elapsed_s(self) -> float:

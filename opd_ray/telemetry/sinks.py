@@ -7,11 +7,12 @@ import netrc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, SupportsFloat
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-from opd_ray.config import WandbMode
-from opd_ray.telemetry.metrics import checked_metrics
+from opd_ray.choices import WandbMode
+from opd_ray.telemetry.metrics import Metric, checked_metrics
+from opd_ray.types import Histogram
 
 _log = logging.getLogger(__name__)
 
@@ -24,8 +25,8 @@ ResolvedMode = Literal["online", "offline", "disabled"]
 class Sink(Protocol):
     """Takes metrics in: `MetricsWriter`, `WandbSink`, or any other place."""
 
-    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Record flat metrics (`role/quantity/stat` to number) of one optimizer step."""
+    def log(self, step: int, metrics: Mapping[str, Metric]) -> None:
+        """Record flat metrics (`role/quantity/stat` to number or histogram) of one optimizer step."""
 
     def close(self) -> None:
         """Finish; nothing is logged afterwards."""
@@ -37,7 +38,7 @@ class Sinks:
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = tuple(sinks)
 
-    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+    def log(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Hand the metrics to every sink; a sink that raises keeps them from the ones after it."""
         for sink in self._sinks:
             sink.log(step, metrics)
@@ -77,11 +78,11 @@ class WandbSink:
         url = getattr(self._run, "url", None)
         return str(url) if url else None
 
-    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+    def log(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Log the metrics; their x axis is "step", so that late ones still find their place."""
         if self._run is not None:
             values = checked_metrics(metrics)
-            self._guard("log", lambda: self._run.log({**values, "step": int(step)}))
+            self._guard("log", lambda: self._run.log({**_as_wandb(values), "step": int(step)}))
 
     def close(self) -> None:
         """Finish the W&B run, waiting for uploads for a minute at most."""
@@ -114,6 +115,19 @@ class WandbSink:
         except Exception as error:  # noqa: BLE001  (whatever W&B raises, the run goes on)
             self._run = None
             _log.warning("W&B is off for the rest of the run, it failed to %s: %s", action, _one_line(error))
+
+
+def _as_wandb(metrics: Mapping[str, float | Histogram]) -> dict[str, Any]:
+    """Histograms as W&B's own, which it draws over the steps."""
+    import numpy as np
+    import wandb
+
+    return {
+        key: wandb.Histogram(np_histogram=(np.array(value.counts), np.array(value.edges)))
+        if isinstance(value, Histogram)
+        else value
+        for key, value in metrics.items()
+    }
 
 
 def resolve_wandb_mode(mode: WandbMode, environ: Mapping[str, str]) -> ResolvedMode:

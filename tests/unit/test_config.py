@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,14 +23,50 @@ from opd_ray.errors import ConfigError
 from opd_ray.main import conf_dir, to_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
-EXPERIMENTS = {
-    "opd": ("opd", "off"),
-    "opd_block64": ("opd", "block"),
-    "opd_newline": ("opd", "newline"),
-    "lsm": ("lsm", "off"),
-    "lsm_block64": ("lsm", "block"),
-    "lsm_newline": ("lsm", "newline"),
+# What each experiment is: objective, gate, and what else it sets.
+EXPERIMENTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "forward_kl": ("forward_kl", "off", {}),
+    "forward_kl_renormalized": ("forward_kl", "off", {"objective.renormalize": True}),
+    "jsd": ("jsd", "off", {}),
+    "lsm": ("lsm", "off", {}),
+    "lsm_block64": ("lsm", "block", {}),
+    "lsm_block64_capped": ("lsm", "block", {"gate.max_weight": 1.5}),
+    "lsm_block64_engine_calibrated": ("lsm", "block", {"gate.behavior_source": "rollout", "gate.calibrate": True}),
+    "lsm_block64_k3": ("lsm", "block", {"gate.statistic": "k3"}),
+    "lsm_block64_mean_abs": ("lsm", "block", {"gate.statistic": "mean_abs"}),
+    "lsm_block64_noise": ("lsm", "block", {"gate.control": "noise"}),
+    "lsm_block64_rms": ("lsm", "block", {"gate.statistic": "rms"}),
+    "lsm_block64_sampled_drift": ("lsm", "block", {"gate.drift_tokens": 16}),
+    "lsm_block64_sequence_norm": ("lsm", "block", {"gate.normalize": "sequence"}),
+    "lsm_block64_shuffle": ("lsm", "block", {"gate.control": "shuffle"}),
+    "lsm_block64_tau_quantile": ("lsm", "block", {"gate.tau_mode": "quantile"}),
+    "lsm_block64_tau_staleness": ("lsm", "block", {"gate.tau_mode": "staleness"}),
+    "lsm_geometric_mask": ("lsm", "geometric_mask", {}),
+    "lsm_hard_drop": ("lsm", "hard_drop", {}),
+    "lsm_high_entropy": ("lsm", "off", {"objective.entropy_top_share": 0.2}),
+    "lsm_icepop": ("lsm", "icepop", {}),
+    "lsm_newline": ("lsm", "newline", {}),
+    "lsm_sequence_gate": ("lsm", "sequence", {}),
+    "lsm_student_support": ("lsm", "off", {"teacher.support": "student_topk"}),
+    "lsm_tis": ("lsm", "tis", {}),
+    "lsm_token_gate": ("lsm", "token", {}),
+    "lsm_with_sampled": ("lsm", "off", {"objective.include_sampled": True}),
+    "opd": ("opd", "off", {}),
+    "opd_block64": ("opd", "block", {}),
+    "opd_geometric_mask": ("opd", "geometric_mask", {}),
+    "opd_hard_drop": ("opd", "hard_drop", {}),
+    "opd_newline": ("opd", "newline", {}),
+    "opd_recompute": ("opd", "off", {"objective.advantage": "recompute"}),
+    "opd_recompute_block64": ("opd", "block", {"objective.advantage": "recompute"}),
+    "opd_recompute_icepop": ("opd", "icepop", {"objective.advantage": "recompute"}),
+    "opd_recompute_tis": ("opd", "tis", {"objective.advantage": "recompute"}),
+    "opd_sequence_gate": ("opd", "sequence", {}),
+    "opd_special_tokens_masked": ("opd", "off", {"objective.mask_rules": ["special_tokens"]}),
+    "opd_token_gate": ("opd", "token", {}),
+    "tail_kl_forward": ("tail_kl", "off", {"objective.direction": "forward"}),
+    "tail_kl_reverse": ("tail_kl", "off", {"objective.direction": "reverse"}),
 }
+PAPER = ("opd", "opd_block64", "opd_newline", "lsm", "lsm_block64", "lsm_newline")
 
 
 def composed(*overrides: str) -> RunConfig:
@@ -56,11 +93,29 @@ RANGED = [(key, item) for key, item in LEAVES if {"ge", "gt", "le"} & set(item.m
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_at_every_scale(experiment: str, scale: str) -> None:
     cfg = composed(f"+experiment={experiment}", f"scale={scale}")
-    objective, gate = EXPERIMENTS[experiment]
+    objective, gate, others = EXPERIMENTS[experiment]
     assert (cfg.experiment, cfg.scale) == (experiment, scale)
     assert (cfg.objective.kind.name, cfg.gate.kind.name) == (objective, gate)
+    for key, value in others.items():
+        group, name = key.split(".")
+        assert plain(getattr(getattr(cfg, group), name)) == value
     assert cfg.gate.tau == 1.0
     assert gate != "block" or cfg.gate.block_size == 64
+
+
+def plain(value: Any) -> Any:
+    """Enum members as their names."""
+    return [plain(entry) for entry in value] if isinstance(value, list) else getattr(value, "name", value)
+
+
+def test_the_papers_variants_are_plain() -> None:
+    """Nothing but objective and gate differs between them."""
+    for name in PAPER:
+        cfg = composed(f"+experiment={name}")
+        base = dataclasses.replace(cfg, experiment="", objective=RunConfig().objective, gate=RunConfig().gate)
+        other = composed("+experiment=lsm")
+        assert base == dataclasses.replace(other, experiment="", objective=RunConfig().objective, gate=RunConfig().gate)
+        assert EXPERIMENTS[name][2] == {}
 
 
 def test_every_experiment_file_is_tested() -> None:
@@ -143,9 +198,31 @@ def test_contradictions_are_refused_by_name(override: str, named: str) -> None:
         composed("+experiment=lsm", override)
 
 
-def test_gate_spans_must_fit() -> None:
-    with pytest.raises(ConfigError, match="gate.max_span=8"):
-        composed("+experiment=lsm_newline", "gate.max_span=8")
+# A call, and what its one line names.
+MISFITS = {
+    "+experiment=lsm_newline gate.max_span=8": "gate.max_span=8",
+    "+experiment=lsm gate.control=shuffle": "gate.control=shuffle",
+    "+experiment=lsm gate.max_weight=2": "gate.max_weight=2",
+    "+experiment=lsm_tis gate.tau_mode=quantile": "gate.tau_mode=quantile",
+    "+experiment=lsm_tis gate.drift_tokens=4": "gate.drift_tokens=4",
+    "+experiment=lsm_tis gate.normalize=sequence": "gate.normalize=sequence",
+    "+experiment=lsm_block64 gate.max_weight=0.5": "gate.max_weight=0.5",
+    "+experiment=lsm_block64 gate.max_weight=2 gate.normalize=none": "gate.normalize=none",
+    "+experiment=lsm_block64 gate.calibrate=true": "gate.calibrate=true",
+    "+experiment=opd_block64 gate.drift_tokens=4": "gate.drift_tokens=4",
+    "+experiment=opd objective.include_sampled=true": "objective.include_sampled=true",
+    "+experiment=opd teacher.support=student_topk": "teacher.support=student_topk",
+    "+experiment=lsm objective.mask_rules=[special_tokens,special_tokens]": "special_tokens",
+    "+experiment=jsd teacher.top_k=1": "teacher.top_k=1",
+    "+experiment=forward_kl_renormalized teacher.top_k=1": "teacher.top_k=1",
+}
+
+
+@pytest.mark.parametrize("call", MISFITS)
+def test_options_that_do_not_fit_are_refused_by_name(call: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(MISFITS[call])) as caught:
+        composed(*call.split())
+    assert "\n" not in str(caught.value)
 
 
 ANNOUNCED = {
@@ -156,6 +233,8 @@ ANNOUNCED = {
     "+experiment=lsm_block64 gate.behavior_source=rollout": ["engine's log-probs"],
     "+experiment=lsm_block64 replay=overlap": ["engine's log-probs"],
     "+experiment=opd objective.advantage=recompute": ["not clipped"],
+    "+experiment=lsm_block64_shuffle": ["a control"],
+    "+experiment=lsm_block64 replay.reuse=1": ["every trajectory is fresh"],
 }
 
 
@@ -166,8 +245,9 @@ def test_what_biases_a_result_is_said(call: str) -> None:
     assert all(word in text for word, text in zip(ANNOUNCED[call], said, strict=True))
 
 
-def test_k_of_one_is_fine_without_lsm() -> None:
-    assert composed("+experiment=opd", "teacher.top_k=1").teacher.top_k == 1
+def test_k_of_one_is_fine_where_nothing_is_renormalized() -> None:
+    for experiment in ("opd", "tail_kl_reverse", "forward_kl"):
+        assert composed(f"+experiment={experiment}", "teacher.top_k=1").teacher.top_k == 1
 
 
 def read_keys() -> set[str]:

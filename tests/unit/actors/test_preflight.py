@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from opd_ray.actors.preflight import PreflightSpec, preflight
-from opd_ray.config import Overlong, Template
+from opd_ray.choices import Overlong, Template
 from opd_ray.errors import DataError, ModelError
 from opd_ray.tiny.paths import student_path, teacher_path
 from opd_ray.types import Prompt

@@ -15,10 +15,10 @@ def write_run(folder: Path, records: Sequence[Mapping[str, Any]]) -> Path:
     return folder
 
 
-def test_series_by_key_without_nulls_later_values_win(tmp_path: Path) -> None:
+def test_series_by_key_without_nulls_and_histograms_later_values_win(tmp_path: Path) -> None:
     records: list[dict[str, Any]] = [
         {"step": 1, "time": 5.0, "learner/loss/mean": 0.5, "gate/value/p05": None},
-        {"step": 2, "time": 6.0, "learner/loss/mean": 0.4},
+        {"step": 2, "time": 6.0, "learner/loss/mean": 0.4, "gate/weight/histogram": {"edges": [0, 1], "counts": [1]}},
         {"step": 2, "time": 7.0, "learner/loss/mean": 0.3, "evaluation/avg_at_8": 1},
     ]
     series = read_series(write_run(tmp_path, records) / "metrics.jsonl")

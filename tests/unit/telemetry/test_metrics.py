@@ -12,6 +12,7 @@ import pytest
 
 from opd_ray.errors import RunFolderError
 from opd_ray.telemetry import MetricsWriter, checked_metrics
+from opd_ray.types import Histogram
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -56,7 +57,7 @@ def test_values_are_checked() -> None:
     checked = checked_metrics({"a/b": np.float32(0.5), "a/c": 3, "a/d": True})
     assert checked == {"a/b": 0.5, "a/c": 3.0, "a/d": 1.0}
     assert all(type(value) is float for value in checked.values())
-    with pytest.raises(ValueError, match=r"a/b must be a number, got \[1\]"):
+    with pytest.raises(ValueError, match=r"a/b must be a number or a histogram, got \[1\]"):
         checked_metrics({"a/b": [1]})  # type: ignore[dict-item]
 
 
@@ -74,7 +75,7 @@ def test_a_file_that_is_only_a_broken_line_starts_anew(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 1
 
 
-def test_a_kill_leaves_whole_lines(tmp_path: Path) -> None:
+def test_a_kill_cuts_the_last_line_at_most(tmp_path: Path) -> None:
     code = (
         "import itertools, pathlib, sys\n"
         "from opd_ray.telemetry.metrics import MetricsWriter\n"
@@ -91,9 +92,10 @@ def test_a_kill_leaves_whole_lines(tmp_path: Path) -> None:
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert path.read_bytes().endswith(b"}\n")
-    assert [record["step"] for record in lines(tmp_path)] == list(range(len(lines(tmp_path))))
-    assert len(lines(tmp_path)) > 10
+    MetricsWriter(tmp_path).log(-1, {"a/b": 1.0})
+    *steps, last = [record["step"] for record in lines(tmp_path)]
+    assert steps == list(range(len(steps))) and last == -1
+    assert len(steps) > 10
 
 
 def test_a_full_disk_is_one_clear_line_and_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,3 +127,39 @@ def test_closing_twice_does_no_harm_and_a_closed_writer_says_so(tmp_path: Path) 
     writer.close()
     with pytest.raises(RunFolderError, match="closed"):
         writer.log(1, {"a/b": 1.0})
+
+
+# histograms
+
+
+def test_a_histogram_is_edges_and_counts(tmp_path: Path) -> None:
+    np = pytest.importorskip("numpy")
+    writer = MetricsWriter(tmp_path)
+    writer.log(1, {"a/b": Histogram((0.0, 1.0, 10.0), (3.0, 0.0)), "a/c": 1.0})
+    writer.log(2, {"a/b": Histogram(tuple(np.array([0, 1, 2])), tuple(np.array([1, 2])))})
+    writer.close()
+    assert lines(tmp_path)[0]["a/b"] == {"edges": [0.0, 1.0, 10.0], "counts": [3.0, 0.0]}
+    assert lines(tmp_path)[1]["a/b"] == {"edges": [0.0, 1.0, 2.0], "counts": [1.0, 2.0]}
+
+
+@pytest.mark.parametrize(
+    ("edges", "counts", "message"),
+    [
+        ((0.0, 1.0), (1.0, 2.0), "a/b has 2 edges and 2 counts"),
+        ((0.0,), (), "a/b has 1 edges and 0 counts"),
+        (tuple(map(float, range(514))), (1.0,) * 513, "513 counts; give 1 to 512 counts"),
+        ((0.0, 0.0), (1.0,), "do not rise"),
+        ((1.0, 0.0), (1.0,), "do not rise"),
+        ((0.0, float("inf")), (1.0,), "not finite"),
+        ((float("nan"), 1.0), (1.0,), "not finite"),
+        ((0.0, 1.0), (-1.0,), "negative or not finite"),
+        ((0.0, 1.0), (float("nan"),), "negative or not finite"),
+    ],
+)
+def test_what_is_no_histogram_is_refused(
+    tmp_path: Path, edges: tuple[float, ...], counts: tuple[float, ...], message: str
+) -> None:
+    writer = MetricsWriter(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        writer.log(1, {"a/b": Histogram(edges, counts)})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""

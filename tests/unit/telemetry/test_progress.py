@@ -6,6 +6,7 @@ import pytest
 
 from opd_ray.telemetry import Progress
 from opd_ray.telemetry.progress import clock_time
+from opd_ray.types import Histogram
 
 METRICS = {
     "learner/loss/mean": 0.01234,
@@ -108,7 +109,7 @@ def test_figures_keep_their_last_value_and_metrics_without_a_place_are_left_out(
     stream, clock = io.StringIO(), Clock()
     progress = Progress(2, stream, clock=clock)
     progress.update(1, METRICS)
-    progress.update(2, {"learner/loss/mean": float("nan")})
+    progress.update(2, {"learner/loss/mean": float("nan"), "gate/value/p05": Histogram((0.0, 1.0), (7.0,))})
     assert "loss nan, pass@8 0.781" in stream.getvalue()
     assert "7" not in stream.getvalue().replace("0.781", "")
 

@@ -5,24 +5,26 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, SupportsFloat
+from typing import Any
 
 import pytest
 
-from opd_ray.config import WandbMode
+from opd_ray.choices import WandbMode
 from opd_ray.telemetry import Sinks, WandbSink
+from opd_ray.telemetry.metrics import Metric
 from opd_ray.telemetry.sinks import has_wandb_login, resolve_wandb_mode
+from opd_ray.types import Histogram
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 class Recorder:
     def __init__(self, error: Exception | None = None) -> None:
-        self.logged: list[tuple[int, dict[str, SupportsFloat]]] = []
+        self.logged: list[tuple[int, dict[str, Metric]]] = []
         self.closed = 0
         self.error = error
 
-    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+    def log(self, step: int, metrics: Mapping[str, Metric]) -> None:
         self.logged.append((step, dict(metrics)))
 
     def close(self) -> None:
@@ -110,6 +112,7 @@ class FakeRun:
 def fake_wandb(monkeypatch: pytest.MonkeyPatch, broken: str = "") -> SimpleNamespace:
     run = FakeRun(broken)
     fake = SimpleNamespace(run=run, options=None, Settings=lambda **options: options)
+    fake.Histogram = lambda np_histogram: ("histogram", *(part.tolist() for part in np_histogram))
 
     def init(**options: Any) -> FakeRun:
         if broken == "init":
@@ -135,6 +138,15 @@ def test_metrics_carry_their_step_as_x_axis(monkeypatch: pytest.MonkeyPatch, tmp
     assert fake.options["mode"] == "online" and fake.options["dir"] == str(tmp_path)
     assert (fake.options["project"], fake.options["name"]) == ("project", "run")
     assert fake.options["config"] == {"seed": 1}
+
+
+def test_histograms_become_those_of_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = fake_wandb(monkeypatch)
+    sink = WandbSink(WandbMode.offline, "project", "run", {}, tmp_path)
+    sink.log(1, {"a/b": Histogram((0.0, 1.0, 2.0), (3.0, 4.0)), "a/c": 1})
+    assert fake.run.logged == [{"a/b": ("histogram", [3.0, 4.0], [0.0, 1.0, 2.0]), "a/c": 1.0, "step": 1}]
+    with pytest.raises(ValueError, match="do not rise"):
+        sink.log(1, {"a/b": Histogram((1.0, 0.0), (3.0,))})
 
 
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])
@@ -191,10 +203,12 @@ def test_the_real_library_offline_is_quiet_and_stays_in_the_run_folder(tmp_path:
     pytest.importorskip("wandb")
     code = (
         "import pathlib, sys\n"
-        "from opd_ray.config import WandbMode\n"
+        "from opd_ray.choices import WandbMode\n"
         "from opd_ray.telemetry import WandbSink\n"
+        "from opd_ray.types import Histogram\n"
         "sink = WandbSink(WandbMode.offline, 'p', 'r', {'a': {'b': 1}}, pathlib.Path(sys.argv[1]))\n"
-        "sink.log(1, {'learner/loss/mean': 0.5}); sink.log(1, {'a/b': float('nan')}); sink.close()\n"
+        "sink.log(1, {'learner/loss/mean': 0.5}); sink.log(1, {'a/b': float('nan')})\n"
+        "sink.log(2, {'a/c': Histogram((0.0, 1e-300, 1.0), (3.0, 4.0))}); sink.close()\n"
     )
     environ = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     home = tmp_path / "home"

@@ -1,0 +1,171 @@
+"""The names that config keys may take. Members carry their own name in lower case, as written on the command line."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class ObjectiveKind(Enum):
+    """The loss at a position.
+
+    `opd`: policy gradient on the sampled token. Over the K ids of the support: `lsm`, the renormalised reverse KL;
+    `forward_kl`, the teacher's top-K cross-entropy; `tail_kl`, KL over K + 1 bins; `jsd`, generalised Jensen-Shannon.
+    """
+
+    lsm = "lsm"
+    opd = "opd"
+    forward_kl = "forward_kl"
+    tail_kl = "tail_kl"
+    jsd = "jsd"
+
+
+class Support(Enum):
+    """Whose K most probable ids the loss looks at: the teacher's, or the sampling student's."""
+
+    teacher_topk = "teacher_topk"
+    student_topk = "student_topk"
+
+
+class Direction(Enum):
+    """`forward`: KL(teacher || student); `reverse`: KL(student || teacher)."""
+
+    forward = "forward"
+    reverse = "reverse"
+
+
+class MaskRule(Enum):
+    """Response tokens that leave the loss.
+
+    `first_think_and_end`: the first occurrence of each token of "<", "think" and "<|im_end|>" (the code of arXiv
+    2603.25562); `end_of_sequence`: every end-of-sequence token; `special_tokens`: every special token of the tokenizer.
+    """
+
+    first_think_and_end = "first_think_and_end"
+    end_of_sequence = "end_of_sequence"
+    special_tokens = "special_tokens"
+
+
+class Advantage(Enum):
+    """`frozen`: log q - log pi_behavior (the paper); `recompute`: log q - log pi_current (AsyncOPD)."""
+
+    frozen = "frozen"
+    recompute = "recompute"
+
+
+class GateKind(Enum):
+    """What weighs the tokens.
+
+    Drift gates by segment: `token`, `block`, `sequence`, `newline`. What they are compared with: `off`, truncated
+    importance sampling (`tis`), `icepop`, the geometric sequence mask, and `hard_drop`, which drops blocks whole.
+    """
+
+    off = "off"
+    token = "token"
+    block = "block"
+    sequence = "sequence"
+    newline = "newline"
+    tis = "tis"
+    icepop = "icepop"
+    geometric_mask = "geometric_mask"
+    hard_drop = "hard_drop"
+
+    @property
+    def is_drift_gate(self) -> bool:
+        """exp(-tau * drift), rather than one of the baselines."""
+        return self in (GateKind.token, GateKind.block, GateKind.sequence, GateKind.newline)
+
+
+class TauMode(Enum):
+    """`fixed`: tau itself; `staleness`: tau times the segment's staleness; `quantile`: tau over its quantile."""
+
+    fixed = "fixed"
+    staleness = "staleness"
+    quantile = "quantile"
+
+
+class GateControl(Enum):
+    """Controls that tell gating from re-weighting noise: the step's gates permuted, or drawn anew from them."""
+
+    none = "none"
+    shuffle = "shuffle"
+    noise = "noise"
+
+
+class DriftStatistic(Enum):
+    """How a segment's drift is reduced to one number."""
+
+    signed_mean = "signed_mean"
+    mean_abs = "mean_abs"
+    rms = "rms"
+    k3 = "k3"
+
+
+class GateNormalize(Enum):
+    """Over which tokens the weights average to one; `none` leaves them as they are and divides by the token count."""
+
+    step = "step"
+    sequence = "sequence"
+    none = "none"
+
+
+class BehaviorSource(Enum):
+    """Whose log-probs stand for the behaviour student in the drift: the engine's or the learner's own first visit."""
+
+    rollout = "rollout"
+    learner = "learner"
+
+
+class Dtype(Enum):
+    """Floating point type of a model's weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class LogprobDtype(Enum):
+    """Floating point type of the teacher's top-K log-probs in a trajectory batch."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+class LrSchedule(Enum):
+    """Learning-rate schedule after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Template(Enum):
+    """How a prompt becomes text (`data.templates`)."""
+
+    completion = "completion"
+    chat = "chat"
+    boxed_chat = "boxed_chat"
+    chat_with_solution = "chat_with_solution"
+    completion_with_solution = "completion_with_solution"
+
+
+class Overlong(Enum):
+    """What happens to a prompt longer than `data.max_prompt_tokens`."""
+
+    error = "error"
+    drop = "drop"
+
+
+class AnswerFormat(Enum):
+    """Where the final answer stands in a response (`evaluation.answers`)."""
+
+    tiny = "tiny"
+    last_number = "last_number"
+    boxed = "boxed"
+
+
+class WandbMode(Enum):
+    """`auto` is online when an API key is configured and offline otherwise."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
