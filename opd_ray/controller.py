@@ -16,25 +16,30 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from opd_ray.actors.group import remote_result
-from opd_ray.actors.learner import LearnerGroup
+from opd_ray.actors.learner.diagnostics import Metrics
+from opd_ray.actors.learner.group import LearnerGroup
+from opd_ray.actors.learner.step_report import step_metrics
 from opd_ray.actors.rollout import RolloutGroup
-from opd_ray.actors.step_report import step_metrics
 from opd_ray.actors.teacher import TeacherGroup
-from opd_ray.config import GateKind, RunConfig
+from opd_ray.choices import GateKind
+from opd_ray.config import RunConfig
 from opd_ray.data.source import PromptSource
 from opd_ray.evaluation.scoring import EvaluationResult, score
 from opd_ray.replay.cohort import SampledBatch
-from opd_ray.types import BatchReceipt, Prompt, RolloutRequest
+from opd_ray.types import BatchReceipt, Histogram, Prompt, RolloutRequest
 
-LogMetrics = Callable[[int, dict[str, float]], None]
+LogMetrics = Callable[[int, Mapping[str, float | Histogram]], None]
+
+logger = logging.getLogger("opd_ray")
 
 
 @dataclass(slots=True)
@@ -99,6 +104,7 @@ class Controller:
         self._policy_version = 0
         self._published_version = 0
         self._producers: set[asyncio.Task[None]] = set()
+        self._support_alarm = False
         self.totals = RunTotals()
 
     async def train(self) -> None:
@@ -179,20 +185,39 @@ class Controller:
                 break
             metrics = await self._step(batch)
             metrics["time/wait_for_batch_s"] = waited
-            metrics["time/step_s"] = time.monotonic() - begun
-            metrics["time/tokens_per_s"] = metrics["learner/tokens/loss"] / metrics["time/step_s"]
+            step_s = time.monotonic() - begun
+            metrics["time/step_s"] = step_s
+            metrics["time/tokens_per_s"] = sum(info.num_response_tokens for info in batch.infos) / step_s
             metrics |= await self._evaluate_in_training()
             self._log_metrics(self._policy_version, metrics)
         await self.publish()
 
-    async def _step(self, batch: SampledBatch) -> dict[str, float]:
+    def _warn_of_support(self, metrics: Metrics) -> None:
+        """Say once that the loss looks at too little of the student's distribution."""
+        if metrics.get("support/alarm") == 1.0 and not self._support_alarm:
+            self._support_alarm = True
+            logger.warning(
+                "step %d: the student's mean mass on the support is %.3f, below telemetry.min_support_mass=%g: what it "
+                "does outside is invisible to the loss; raise teacher.top_k, or choose an objective with a tail",
+                self._policy_version,
+                metrics["support/student_mass/mean"],
+                self._cfg.telemetry.min_support_mass,
+            )
+
+    async def _step(self, batch: SampledBatch) -> Metrics:
         begun = time.monotonic()
-        reports = await self._groups.learner.train_step(batch)
-        metrics = step_metrics(reports, measured=self._cfg.gate.kind is not GateKind.off)
-        self._times.add("learner", time.monotonic() - begun, int(metrics["learner/tokens/loss"]))
+        reports = await self._groups.learner.train_step(batch, self._policy_version)
+        metrics = step_metrics(
+            reports,
+            is_gated=self._cfg.gate.kind is not GateKind.off,
+            min_support_mass=self._cfg.telemetry.min_support_mass,
+        )
+        self._warn_of_support(metrics)
+        num_tokens = sum(report.num_tokens for report in reports)
+        self._times.add("learner", time.monotonic() - begun, num_tokens)
         self._policy_version += 1
         self.totals.steps += 1
-        self.totals.trained_tokens += int(metrics["learner/tokens/loss"])
+        self.totals.trained_tokens += num_tokens
         visits = max(info.visits for info in batch.infos)
         begun = time.monotonic()
         if self._cfg.replay.max_staleness > 0 or visits >= self._cfg.replay.reuse:

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from opd_ray.actors.group import WorkerGroup, remote_result, worker_env
-from opd_ray.actors.learner import LearnerGroup
+from opd_ray.actors.learner.group import LearnerGroup
 from opd_ray.actors.preflight import PreflightReport, PreflightSpec, preflight
 from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.teacher import TeacherGroup
@@ -36,7 +36,7 @@ from opd_ray.sources import evaluation_problems, model_path, training_prompts
 from opd_ray.telemetry.metrics import MetricsWriter
 from opd_ray.telemetry.progress import Progress
 from opd_ray.telemetry.sinks import Sinks, WandbSink
-from opd_ray.types import Prompt
+from opd_ray.types import Histogram, Prompt
 
 TEACHER_ENGINE_ROLE = "teacher-engine"
 STOP_S = 5.0
@@ -250,7 +250,7 @@ class Session:
         )
         self._sinks = Sinks([MetricsWriter(self.folder.path), wandb])
 
-    def _log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+    def _log_metrics(self, step: int, metrics: Mapping[str, float | Histogram]) -> None:
         if self._sinks is not None:
             self._sinks.log(step, metrics)
         if self._progress is not None:

@@ -8,15 +8,9 @@ import numpy as np
 import torch
 
 from opd_ray.actors.scoring_model import pad_rows
-from opd_ray.config import GateConfig, GateKind, LearnerConfig, ObjectiveConfig, ObjectiveKind
-from opd_ray.objective import (
-    block_segments,
-    drift_gate,
-    gated_token_mean,
-    lsm_loss,
-    newline_segments,
-    sampled_token_loss,
-)
+from opd_ray.choices import GateKind, ObjectiveKind
+from opd_ray.config import RunConfig
+from opd_ray.objective import block_segments, newline_segments, sampled_token_loss
 from opd_ray.replay.codec import add_teacher_columns, decode, encode_rollouts
 from opd_ray.replay.rows import RolloutRow, ScoredRow, scored_rows
 from opd_ray.replay.schema import BatchSpec
@@ -26,8 +20,8 @@ VOCAB = 40
 TOP_K = 4
 
 
-def scored_payload(lengths: list[int], seed: int) -> Any:
-    """An encoded scored batch with random tokens, behaviour log-probs around -2 and a random teacher."""
+def scored_payload(lengths: list[int], seed: int, without_teacher: tuple[int, ...] = ()) -> Any:
+    """An encoded scored batch with random tokens and a random teacher; NaN for the rows `without_teacher`."""
     rng = np.random.default_rng(seed)
     rows = []
     for slot, length in enumerate(lengths):
@@ -36,7 +30,7 @@ def scored_payload(lengths: list[int], seed: int) -> Any:
                 slot=slot,
                 prompt_id=f"p{slot}",
                 prompt_token_ids=rng.integers(3, VOCAB, 5 + slot % 3).astype(np.int32),
-                response_token_ids=rng.integers(3, VOCAB, length).astype(np.int32),
+                response_token_ids=rng.integers(0, VOCAB, length).astype(np.int32),
                 behavior_logprobs=rng.normal(-3, 1, length).astype(np.float32),
                 version_starts=np.array([0], dtype=np.int32),
                 version_values=np.array([0], dtype=np.int64),
@@ -48,7 +42,13 @@ def scored_payload(lengths: list[int], seed: int) -> Any:
     batch = decode(encode_rollouts(rows, BatchSpec("f")))
     ids = [np.stack([rng.permutation(VOCAB)[:TOP_K] for _ in range(n)]).astype(np.int32) for n in lengths]
     logprobs = [-np.sort(rng.exponential(2.0, (n, TOP_K)), axis=1).astype(np.float32) for n in lengths]
+    # A list whose mass is below one, as a teacher's top K has.
+    logprobs = [
+        (values - 1 - np.logaddexp.reduce(values, axis=1, keepdims=True)).astype(np.float32) for values in logprobs
+    ]
     sampled = [rng.normal(-3, 1, n).astype(np.float32) for n in lengths]
+    for row in without_teacher:
+        sampled[row] = np.full_like(sampled[row], np.nan)
     return add_teacher_columns(batch, sampled, ids, logprobs, BatchSpec("f", TOP_K, "float32"))
 
 
@@ -60,65 +60,102 @@ def stale_infos(payload: Any) -> tuple[SampleInfo, ...]:
     )
 
 
-def reference_step(
-    model: Any,
-    rows: list[ScoredRow],
-    objective: ObjectiveConfig,
-    gate: GateConfig,
-    cfg: LearnerConfig,
-    newlines: Any,
-) -> tuple[float, float]:
-    """Loss and gradient norm of one AdamW step on the whole batch with full logits; `model` is changed."""
+def reference_step(model: Any, rows: list[ScoredRow], cfg: RunConfig, newlines: Any) -> tuple[float, float]:
+    """Loss and gradient norm of one AdamW step on the whole batch with full logits; `model` is changed.
+
+    Trajectories are one step old and drift is against the engine's log-probs. Losses and weights are written out here
+    once more, in plain torch and without the package's own; only segments and the PPO clip are the package's.
+    """
     block = pad_rows(
         [row.prompt_token_ids for row in rows],
         [row.response_token_ids for row in rows],
         0,
         torch.device("cpu"),
     )
-    at = block.row_index
-    shape = (len(rows), max(block.lengths))
-
-    def to_rows(values: torch.Tensor) -> torch.Tensor:
-        return values.new_zeros(shape).index_put(at, values)
-
-    def joined(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]))
-
-    logits = model(block.input_ids).logits.reshape(-1, int(model.config.vocab_size))[block.positions].float()
-    sampled = joined("response_token_ids").long()
-    current = logits.log_softmax(-1).gather(1, sampled[:, None])[:, 0]
-    behavior = joined("behavior_logprobs")
-    if objective.kind is ObjectiveKind.lsm:
-        losses = lsm_loss(logits.gather(1, joined("teacher_topk_ids").long()), joined("teacher_topk_logprobs").float())
-    else:
-        losses = sampled_token_loss(current, behavior, joined("teacher_logprobs"), advantage="frozen")
-    mask = to_rows(torch.ones_like(behavior))
-    weights = mask
-    lengths = torch.tensor(block.lengths)
-    if gate.kind is not GateKind.off:
-        segments = (
-            block_segments(lengths, shape[1], gate.block_size)
-            if gate.kind is GateKind.block
-            else newline_segments(
-                to_rows(newlines[sampled].float()) > 0,
-                lengths,
-                min_len=gate.min_span,
-                max_len=gate.max_span,
-                fallback_block=gate.block_size,
-            )
-        )
-        weights = drift_gate(
-            to_rows(current.detach()),
-            to_rows(behavior),
-            mask,
-            segments,
-            tau=gate.tau,
-            statistic="signed_mean",
-            normalize="step",
-        ).token_weights
-    loss = gated_token_mean(to_rows(losses), weights, mask)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay)
+    logits = model(block.input_ids).logits.reshape(-1, int(model.config.vocab_size))[block.positions].double()
+    at = joined(rows, "response_token_ids").long()
+    current = logits.log_softmax(-1).gather(1, at[:, None])[:, 0]
+    losses = reference_losses(cfg, rows, logits, current)
+    weights = reference_weights(cfg, rows, current.detach(), newlines)
+    by_sum = cfg.gate.kind is not GateKind.off and cfg.gate.normalize.name != "none"
+    loss = (weights * losses).sum() / (weights.sum() if by_sum else len(weights))
+    learner = cfg.learner
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learner.lr, betas=(0.9, learner.beta2), weight_decay=learner.weight_decay
+    )
     loss.backward()  # type: ignore[no-untyped-call]
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), learner.grad_clip)
     optimizer.step()
     return float(loss.detach()), float(norm)
+
+
+def joined(rows: list[ScoredRow], name: str) -> torch.Tensor:
+    """A token column of all rows, [N] or [N, K]."""
+    return torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]))
+
+
+def reference_losses(
+    cfg: RunConfig, rows: list[ScoredRow], logits: torch.Tensor, current: torch.Tensor
+) -> torch.Tensor:
+    """[N] float64."""
+    objective, kind = cfg.objective, cfg.objective.kind
+    behavior, teacher = joined(rows, "behavior_logprobs").double(), joined(rows, "teacher_logprobs").double()
+    if kind is ObjectiveKind.opd:
+        return sampled_token_loss(current, behavior, teacher, advantage=objective.advantage.value)
+    ids = joined(rows, "teacher_topk_ids").long()
+    log_q = joined(rows, "teacher_topk_logprobs").double()
+    log_p = logits.log_softmax(-1).gather(1, ids)
+    p, q = log_p.exp(), log_q.exp()
+    if kind is ObjectiveKind.tail_kl:
+        log_p, log_q = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], 1) for x in (log_p, log_q))
+        p, q = log_p.exp(), log_q.exp()
+        forward = objective.direction.name == "forward"
+        return (q * (log_q - log_p)).sum(-1) if forward else (p * (log_p - log_q)).sum(-1)
+    if kind is ObjectiveKind.forward_kl and not objective.renormalize:
+        return (q * (log_q - log_p)).sum(-1)
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    if kind is ObjectiveKind.lsm:
+        return (p * (p / q).log()).sum(-1)
+    if kind is ObjectiveKind.forward_kl:
+        return (q * (q / p).log()).sum(-1)
+    mixture = objective.beta * q + (1 - objective.beta) * p
+    by_teacher, by_student = (q * (q / mixture).log()).sum(-1), (p * (p / mixture).log()).sum(-1)
+    return objective.beta * by_teacher + (1 - objective.beta) * by_student
+
+
+def reference_weights(cfg: RunConfig, rows: list[ScoredRow], current: torch.Tensor, newlines: Any) -> torch.Tensor:
+    """[N] float64, one segment after the other."""
+    gate = cfg.gate
+    lengths = [len(row.response_token_ids) for row in rows]
+    drifts = (current - joined(rows, "behavior_logprobs").double()).split(lengths)
+    weights = [torch.ones(length, dtype=torch.float64) for length in lengths]
+    for row, drift in enumerate(drifts):
+        ratio = drift.exp()
+        if gate.kind is GateKind.tis:
+            weights[row] = ratio.clamp(max=gate.cap)
+        elif gate.kind is GateKind.icepop:
+            weights[row] = torch.where((ratio >= gate.low) & (ratio <= gate.high), ratio, 0.0)
+        elif gate.kind is GateKind.geometric_mask:
+            weights[row] *= gate.low <= float(drift.mean().exp()) <= gate.high
+        elif gate.kind is not GateKind.off:
+            for segment in segments_of(cfg, rows[row], newlines):
+                score = drift[segment].mean().abs()
+                is_kept = score <= gate.drop_above
+                weights[row][segment] = float(is_kept) if gate.kind is GateKind.hard_drop else (-gate.tau * score).exp()
+        if gate.kind in (GateKind.tis, GateKind.icepop) and cfg.objective.kind is ObjectiveKind.opd:
+            weights[row] = weights[row] / ratio  # the loss carries the ratio itself
+    return torch.cat(weights)
+
+
+def segments_of(cfg: RunConfig, row: ScoredRow, newlines: Any) -> list[torch.Tensor]:
+    """Response positions of each segment."""
+    gate, length = cfg.gate, torch.tensor([len(row.response_token_ids)])
+    if gate.kind is GateKind.newline:
+        found = newlines[torch.from_numpy(row.response_token_ids.astype(np.int64))][None]
+        ids = newline_segments(
+            found, length, min_len=gate.min_span, max_len=gate.max_span, fallback_block=gate.block_size
+        )
+    else:
+        size = {GateKind.token: 1, GateKind.sequence: None}.get(gate.kind, gate.block_size)
+        ids = block_segments(length, int(length), size)
+    return [(ids[0] == number).nonzero().flatten() for number in range(int(ids.max()) + 1)]

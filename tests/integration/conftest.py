@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.variants import VariantGroup
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
@@ -61,3 +63,19 @@ def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random_model(tmp_path_factory.mktemp("models") / "teacher", seed=2)
+
+
+@pytest.fixture(scope="session")
+def one_rank(ray_cluster: None) -> Iterator[VariantGroup]:
+    """A learner rank that several tests share."""
+    group = VariantGroup(1)
+    yield group
+    group.stop()
+
+
+@pytest.fixture(scope="session")
+def two_ranks(ray_cluster: None) -> Iterator[VariantGroup]:
+    """Two learner ranks that several tests share."""
+    group = VariantGroup(2)
+    yield group
+    group.stop()

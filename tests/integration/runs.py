@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
-from opd_ray.actors.learner import LearnerGroup
+from opd_ray.actors.learner.group import LearnerGroup
 from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.teacher import TeacherGroup
 from opd_ray.config import RunConfig
@@ -62,7 +62,7 @@ class Engines:
 class RunRecord:
     """What a run told: metrics by step, and the books at its end."""
 
-    metrics: list[dict[str, float]] = field(default_factory=list)
+    metrics: list[Mapping[str, Any]] = field(default_factory=list)
     ledger: dict[str, int] = field(default_factory=dict)
     state: dict[str, int] = field(default_factory=dict)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_ray.actors.step_report import RankReport
+from opd_ray.actors.learner.step_report import RankReport
 from opd_ray.config import RunConfig
 from opd_ray.controller import Controller, Groups
 from opd_ray.data.source import PromptSource
@@ -116,10 +116,10 @@ class FakeGroup:
     async def all(self, call: Callable[[Any], Any]) -> list[Any]:
         return [await call(worker) for worker in self.workers]
 
-    async def train_step(self, batch: SampledBatch) -> list[RankReport]:
+    async def train_step(self, batch: SampledBatch, policy_version: int) -> list[RankReport]:
         self.world.batches.append(batch)
         await self.world.work("learner")
-        return [RankReport(loss_sum=1.0, weight_sum=1.0, num_tokens=5, grad_norm=1.0)]
+        return [RankReport(loss_sum=1.0, weight_sum=1.0, divisor=1.0, num_tokens=5, grad_norm=1.0)]
 
     async def export(self, version: int) -> tuple[WeightsReceipt, list[Any]]:
         return WeightsReceipt(version, "checksum", 0), []
@@ -139,7 +139,7 @@ async def run(cfg: RunConfig, world: World, num_prompts: int = 50, epochs: int |
     )
     group: Any = FakeGroup(world, cfg.rollout.num_engines)
     source = PromptSource([Prompt(id=str(i), problem="1+1=") for i in range(num_prompts)], 0, epochs)
-    steps: list[dict[str, float]] = []
+    steps: list[Mapping[str, Any]] = []
     controller = Controller(
         cfg, Groups(group, group, group, Handle(store)), source, [], lambda _, metrics: steps.append(metrics)
     )

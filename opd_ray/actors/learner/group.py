@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,46 +14,16 @@ import ray
 import ray.util
 
 from opd_ray.actors.group import WorkerGroup
-from opd_ray.actors.step_report import RankReport
-from opd_ray.config import GateConfig, LearnerConfig, ObjectiveConfig, RunConfig
+from opd_ray.actors.learner.spec import ROLE, LearnerSpec, RankBatch
+from opd_ray.actors.learner.step_report import RankReport
+from opd_ray.config import RunConfig
 from opd_ray.data.packing import plan_microbatches
 from opd_ray.placement import Share
 from opd_ray.replay.cohort import SampledBatch
-from opd_ray.types import SampleInfo, WeightsReceipt
+from opd_ray.types import WeightsReceipt
 
 if TYPE_CHECKING:
-    from opd_ray.actors.training import Trainer
-
-ROLE = "learner"
-
-
-@dataclass(frozen=True, slots=True)
-class LearnerSpec:
-    """A rank's part of the config."""
-
-    name: str
-    rank: int
-    num_ranks: int
-    model_path: str
-    learner: LearnerConfig
-    objective: ObjectiveConfig
-    gate: GateConfig
-    reuse: int
-    num_steps: int
-    publish_dtype: str
-    threads: int
-
-
-@dataclass(frozen=True, slots=True)
-class RankBatch:
-    """One rank's part of a step: microbatches of indices into `rows` and `infos` (an empty one is a placeholder).
-
-    ``rows[i]`` is (payload, row within it), payloads being counted as they are handed to `train_step`.
-    """
-
-    microbatches: tuple[tuple[int, ...], ...]
-    rows: tuple[tuple[int, int], ...]
-    infos: tuple[SampleInfo, ...]
+    from opd_ray.actors.learner.trainer import Trainer
 
 
 class LearnerWorker:
@@ -85,7 +54,7 @@ class LearnerWorker:
             "WORLD_SIZE": str(spec.num_ranks),
             "LOCAL_RANK": "0",
         }
-        from opd_ray.actors.training import Trainer
+        from opd_ray.actors.learner.trainer import Trainer
 
         self._trainer = Trainer(spec)
 
@@ -130,24 +99,7 @@ class LearnerGroup(WorkerGroup):
         """Start the ranks; returns at once (await `ready`)."""
         group = cls(ROLE, cfg.deadline_s)
         group.tokens_per_microbatch = cfg.learner.tokens_per_microbatch
-        specs = [
-            (
-                LearnerSpec(
-                    name=f"{ROLE}-{rank}",
-                    rank=rank,
-                    num_ranks=cfg.learner.num_ranks,
-                    model_path=path,
-                    learner=cfg.learner,
-                    objective=cfg.objective,
-                    gate=cfg.gate,
-                    reuse=cfg.replay.reuse,
-                    num_steps=cfg.num_steps,
-                    publish_dtype=cfg.student.dtype.name,
-                    threads=share.threads,
-                ),
-            )
-            for rank in range(cfg.learner.num_ranks)
-        ]
+        specs = [(LearnerSpec.of(cfg, rank, path, share.threads),) for rank in range(cfg.learner.num_ranks)]
         group.start(LearnerWorker, share, specs, {})
         return group
 
@@ -156,12 +108,12 @@ class LearnerGroup(WorkerGroup):
         host, port = await self.result(self.workers[0].address.remote(), 0)
         await self.all(lambda worker: worker.setup.remote(host, port))
 
-    async def train_step(self, batch: SampledBatch) -> list[RankReport]:
-        """One optimizer step on the sampled batch, packed into microbatches of at most the token budget."""
+    async def train_step(self, batch: SampledBatch, policy_version: int) -> list[RankReport]:
+        """One optimizer step from `policy_version` on, in microbatches of at most the token budget."""
         lengths = [info.num_prompt_tokens + info.num_response_tokens for info in batch.infos]
         plan = plan_microbatches(lengths, len(self.workers), self.tokens_per_microbatch)
         refs = iter(
-            worker.train_step.remote(RankBatch(microbatches, batch.rows, batch.infos), *batch.refs)
+            worker.train_step.remote(RankBatch(microbatches, batch.rows, batch.infos, policy_version), *batch.refs)
             for worker, microbatches in zip(self.workers, plan, strict=True)
         )
         return await self.all(lambda _: next(refs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from opd_ray.config import LrSchedule
+from opd_ray.choices import LrSchedule
 
 
 def lr_factor(step: int, *, schedule: LrSchedule, warmup_steps: int, num_steps: int) -> float:

@@ -1,0 +1,124 @@
+"""The student as the learner trains it: the language model plus the memory-lean head of the objective.
+
+Imports torch and deepspeed: learner workers only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd_ray.actors.scoring_model import hidden_states
+from opd_ray.objective import head_statistics, overlap_ratio, support_logits, token_logprobs
+
+# Numbers in one chunk of [positions, V] logits: 128 MiB in float32.
+_CHUNK_NUMBERS = 2**25
+
+
+class LogprobMode(Enum):
+    """Whether log-probs of the sampled tokens are computed, and whether they carry gradient."""
+
+    none = "none"
+    constant = "constant"
+    differentiable = "differentiable"
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRequest:
+    """What a forward pass is to compute at the N response positions.
+
+    `support_ids` int64 [N, K]: logits with gradient. `logprob_at` int64 [M]: the positions whose constant log-prob is
+    wanted (None: all; the others are NaN). `entropy`: of the full distribution, constant. `probe_at` int64 [M] with
+    `probe_support` int64 [M, K]: positions whose full distribution is looked at.
+    """
+
+    support_ids: Tensor | None = None
+    logprobs: LogprobMode = LogprobMode.none
+    logprob_at: Tensor | None = None
+    entropy: bool = False
+    probe_at: Tensor | None = None
+    probe_support: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadValues:
+    """What a forward pass computed; None where it was not asked for.
+
+    `logits` [N, K] and differentiable `logprobs` [N] carry a graph; constant `logprobs`, `entropy` [N] and `probe`
+    [3, M] (mass on the support, overlap with it, entropy) do not.
+    """
+
+    logits: Tensor | None
+    logprobs: Tensor | None
+    entropy: Tensor | None
+    probe: Tensor | None
+
+    @classmethod
+    def of(cls, request: HeadRequest, outputs: HeadOutput) -> HeadValues:
+        """What the policy's `forward` returned for `request`."""
+        scores, logprobs, entropy, probe = outputs
+        logits = scores
+        if scores is not None and request.logprobs is LogprobMode.differentiable:
+            logits, logprobs = scores[:, :-1], scores[:, -1]
+        return cls(None if request.support_ids is None else logits, logprobs, entropy, probe)
+
+
+# (scores [N, C], constant log-probs [N], entropy [N], probe [3, M]). Scores are all that carries gradient, logits and
+# then log-probs: under ZeRO 3, DeepSpeed hooks itself onto output tensors, and two of them with a graph let ranks lose
+# step with each other.
+HeadOutput = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class PolicyModel(nn.Module):
+    """Wraps a causal language model; the forward pass returns what the losses need and nothing V wide."""
+
+    def __init__(self, language_model: Any) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """[V, H]; the embedding where the two are tied."""
+        weight: nn.Parameter = self.language_model.get_output_embeddings().weight
+        return weight
+
+    def forward(self, input_ids: Tensor, positions: Tensor, sampled_ids: Tensor, request: HeadRequest) -> HeadOutput:
+        """What `request` asks for; `input_ids` int64 [B, L], `positions` int64 [N] into [B * L], `sampled_ids` [N]."""
+        hidden = hidden_states(self.language_model, input_ids, positions)
+        head = self.head_weight
+        chunk_size = max(1, _CHUNK_NUMBERS // head.shape[0])
+        scores = []
+        if request.support_ids is not None:
+            scores.append(support_logits(hidden, head, request.support_ids))
+        if request.logprobs is LogprobMode.differentiable:
+            scores.append(token_logprobs(hidden, head, sampled_ids, chunk_size=chunk_size)[:, None])
+        logprobs = entropy = probe = None
+        with torch.no_grad():
+            if request.entropy:
+                statistics = head_statistics(hidden, head, sampled_ids, chunk_size=chunk_size)
+                logprobs, entropy = statistics.logprobs, statistics.entropy
+            elif request.logprobs is LogprobMode.constant:
+                logprobs = _logprobs_at(hidden, head, sampled_ids, request.logprob_at, chunk_size)
+            if request.probe_at is not None and request.probe_support is not None:
+                probe = _probe(hidden[request.probe_at], head, request.probe_support, chunk_size)
+        return torch.cat(scores, dim=1) if scores else None, logprobs, entropy, probe
+
+
+def _logprobs_at(hidden: Tensor, head: Tensor, ids: Tensor, at: Tensor | None, chunk_size: int) -> Tensor:
+    if at is None:
+        return token_logprobs(hidden, head, ids, chunk_size=chunk_size)
+    some = token_logprobs(hidden[at], head, ids[at], chunk_size=chunk_size)
+    return some.new_full(ids.shape, math.nan).index_put((at,), some)
+
+
+def _probe(hidden: Tensor, head: Tensor, support_ids: Tensor, chunk_size: int) -> Tensor:
+    """[3, M]: the student's mass on the support, the overlap of its own top K with it, and its entropy (nats)."""
+    statistics = head_statistics(hidden, head, None, chunk_size=chunk_size, top_k=support_ids.shape[1])
+    logprobs = support_logits(hidden, head, support_ids) - statistics.logsumexp[:, None]
+    overlap = overlap_ratio(statistics.topk_ids, support_ids)
+    return torch.stack([logprobs.exp().sum(-1), overlap.to(logprobs.dtype), statistics.entropy])

@@ -1,0 +1,93 @@
+"""Trains several variants one after the other in the same rank processes, because DeepSpeed takes seconds to import."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import torch
+
+from opd_ray.actors.learner.spec import LearnerSpec, RankBatch
+from opd_ray.actors.learner.step_report import RankReport
+from opd_ray.config import RunConfig
+from opd_ray.data.packing import plan_microbatches
+from opd_ray.types import SampleInfo
+
+
+@dataclass(frozen=True)
+class VariantStep:
+    """One optimizer step: the batch of `payload` in the order of `rows`, at the learner's `policy_version`."""
+
+    payload: Any
+    rows: tuple[int, ...]
+    infos: tuple[SampleInfo, ...]
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """Reports of each step by rank, and the weights after the last one."""
+
+    reports: list[list[RankReport]]
+    weights: dict[str, torch.Tensor]
+
+
+class VariantWorker:
+    """A rank that makes a fresh trainer for every call of `run`; the ranks meet once."""
+
+    def join(self, rank: int, num_ranks: int, port: int) -> None:
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "WORLD_SIZE": str(num_ranks),
+            "LOCAL_RANK": "0",
+        }
+
+    def run(self, spec: LearnerSpec, steps: Sequence[tuple[RankBatch, Any]]) -> Any:
+        from opd_ray.actors.learner.trainer import Trainer
+        from opd_ray.actors.weights import unpack_bucket
+
+        trainer = Trainer(spec)
+        reports = [trainer.train_step(batch, [payload]) for batch, payload in steps]
+        buckets = trainer.export() or []
+        return reports, {name: tensor.clone() for bucket in buckets for name, tensor in unpack_bucket(bucket)}
+
+
+class VariantGroup:
+    """All ranks of one size of the learner group."""
+
+    def __init__(self, num_ranks: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        remote: Any = ray.remote(num_cpus=0)(VariantWorker)
+        self.workers: list[Any] = [remote.remote() for _ in range(num_ranks)]
+        ray.get([worker.join.remote(rank, num_ranks, port) for rank, worker in enumerate(self.workers)])
+
+    def run(self, cfg: RunConfig, model_path: str, steps: Sequence[VariantStep], budget: int) -> VariantResult:
+        """Train the variant of `cfg` with microbatches of at most `budget` padded tokens."""
+        num_ranks = len(self.workers)
+        per_rank: list[list[tuple[RankBatch, Any]]] = [[] for _ in range(num_ranks)]
+        for step in steps:
+            infos = tuple(step.infos[row] for row in step.rows)
+            lengths = [info.num_prompt_tokens + info.num_response_tokens for info in infos]
+            rows = tuple((0, row) for row in step.rows)
+            for rank, microbatches in enumerate(plan_microbatches(lengths, num_ranks, budget)):
+                batch = RankBatch(microbatches, rows, infos, step.policy_version)
+                per_rank[rank].append((batch, step.payload))
+        calls = []
+        for rank, worker in enumerate(self.workers):
+            spec = LearnerSpec.of(cfg, rank, model_path, threads=1)
+            calls.append(worker.run.remote(replace(spec, num_ranks=num_ranks), per_rank[rank]))
+        results = ray.get(calls, timeout=240)
+        by_step = [list(reports) for reports in zip(*(reports for reports, _ in results), strict=True)]
+        return VariantResult(by_step, results[0][1])
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            ray.kill(worker)
