@@ -129,6 +129,13 @@ class LogprobDtype(Enum):
     float16 = "float16"
 
 
+class HeadKernel(Enum):
+    """How the learner reads the support's rows of the LM head: the reference in torch, or a Triton kernel (GPUs)."""
+
+    torch = "torch"
+    triton = "triton"
+
+
 class LrSchedule(Enum):
     """Learning-rate schedule after the warm-up."""
 

@@ -19,6 +19,7 @@ from opd_ray.choices import (
     GateControl,
     GateKind,
     GateNormalize,
+    HeadKernel,
     LogprobDtype,
     LrSchedule,
     MaskRule,
@@ -131,6 +132,7 @@ class LearnerConfig:
     grad_clip: float = ranged(1.0, "largest global gradient norm", gt=0)
     tokens_per_microbatch: int = ranged(8192, "padded tokens (prompt + response) in one microbatch of a rank", ge=1)
     gradient_checkpointing: bool = documented(False, "recompute activations in the backward pass")
+    head_kernel: HeadKernel = documented(HeadKernel.torch, "how the support's rows of the LM head are read")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,6 +14,7 @@ from opd_ray.actors.learner.step_report import RankReport, step_metrics
 from opd_ray.actors.tokenization import load_tokenizer, newline_token_mask
 from opd_ray.choices import GateKind
 from opd_ray.config import RunConfig
+from opd_ray.errors import DivergedError, ModelError
 from opd_ray.main import conf_dir
 from opd_ray.replay.codec import decode
 from opd_ray.replay.rows import scored_rows
@@ -229,3 +230,13 @@ def test_sampled_drift_reports_its_error(one_rank: VariantGroup, student_folder:
     report = only_step(one_rank, config_of("lsm_block64_sampled_drift"), student_folder, LENGTHS)
     metrics = step_metrics([report], is_gated=True, min_support_mass=0.0)
     assert 0 < float(metrics["gate/drift_sampling_error/rms"]) < 10  # type: ignore[arg-type]
+
+
+def test_a_kernel_for_gpus_is_refused_on_a_cpu(one_rank: VariantGroup, student_folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"learner\.head_kernel=torch"):
+        only_step(one_rank, config_of("lsm", "learner.head_kernel=triton"), student_folder, LENGTHS)
+
+
+def test_gates_that_all_underflow_end_the_run(one_rank: VariantGroup, student_folder: Path) -> None:
+    with pytest.raises(DivergedError, match=r"gate\.tau"):
+        only_step(one_rank, config_of("lsm_block64", "gate.tau=1e6"), student_folder, LENGTHS)

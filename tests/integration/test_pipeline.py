@@ -24,7 +24,7 @@ from tests.integration.runs import NO_SHARE, Engines, RunRecord, small_config, t
 
 pytestmark = pytest.mark.integration
 
-EXPERIMENTS = ["opd", "opd_block64", "opd_newline", "lsm", "lsm_block64", "lsm_newline"]
+EXPERIMENTS = ["opd", "opd_block64", "opd_newline", "lsm", "lsm_block64", "lsm_newline", "lsm_block64_shuffle"]
 
 
 @pytest.fixture(scope="module")

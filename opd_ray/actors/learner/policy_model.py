@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +77,10 @@ HeadOutput = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 class PolicyModel(nn.Module):
     """Wraps a causal language model; the forward pass returns what the losses need and nothing V wide."""
 
-    def __init__(self, language_model: Any) -> None:
+    def __init__(self, language_model: Any, kernel: Literal["torch", "triton"] = "torch") -> None:
         super().__init__()
         self.language_model = language_model
+        self._kernel: Literal["torch", "triton"] = kernel
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -94,7 +95,7 @@ class PolicyModel(nn.Module):
         chunk_size = max(1, _CHUNK_NUMBERS // head.shape[0])
         scores = []
         if request.support_ids is not None:
-            scores.append(support_logits(hidden, head, request.support_ids))
+            scores.append(support_logits(hidden, head, request.support_ids, kernel=self._kernel))
         if request.logprobs is LogprobMode.differentiable:
             scores.append(token_logprobs(hidden, head, sampled_ids, chunk_size=chunk_size)[:, None])
         logprobs = entropy = probe = None

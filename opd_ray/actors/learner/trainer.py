@@ -31,8 +31,8 @@ from opd_ray.actors.learner.token_masks import TokenMasks
 from opd_ray.actors.scoring_model import load_causal_lm
 from opd_ray.actors.tokenization import load_tokenizer, newline_token_mask
 from opd_ray.actors.weights import WeightBucket
-from opd_ray.choices import GateKind, ObjectiveKind
-from opd_ray.errors import DivergedError
+from opd_ray.choices import GateKind, HeadKernel, ObjectiveKind
+from opd_ray.errors import DivergedError, ModelError
 from opd_ray.objective import gated_token_mean
 from opd_ray.replay.codec import decode
 from opd_ray.replay.rows import scored_rows
@@ -59,7 +59,9 @@ class Trainer:
         language_model = load_causal_lm(spec.model_path, spec.learner.dtype)
         if spec.learner.gradient_checkpointing:
             language_model.gradient_checkpointing_enable()
-        policy = PolicyModel(language_model)
+        if spec.learner.head_kernel is HeadKernel.triton and self._device.type != "cuda":
+            raise ModelError("learner.head_kernel=triton needs a learner on a GPU: set learner.head_kernel=torch")
+        policy = PolicyModel(language_model, spec.learner.head_kernel.value)
         newlines = torch.from_numpy(newline_token_mask(self._tokenizer, policy.head_weight.shape[0]))
         self._masks = TokenMasks(spec.objective.mask_rules, self._tokenizer)
         self._memory = BehaviorMemory(spec.gate.behavior_source, spec.reuse)
