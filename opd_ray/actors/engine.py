@@ -25,33 +25,42 @@ MIN_PREFILL_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """How an engine is built. `max_model_tokens` bounds prompt + response."""
+    """How an engine is built. `max_model_tokens` bounds prompt + response, `top_logprobs` a request's."""
 
     model_path: str
     dtype: str
     max_model_tokens: int
     max_num_seqs: int
     gpu_memory_utilization: float
+    top_logprobs: int
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a response is sampled; `seed` makes it independent of what else runs."""
+    """How a response is sampled; `seed` makes it independent of what else runs.
+
+    `top_logprobs` is how many of the most probable ids are noted at each position, 0 for none.
+    """
 
     temperature: float
     top_p: float
     max_tokens: int
     seed: int
+    top_logprobs: int = 0
 
 
 @dataclass(slots=True)
 class Stream:
-    """The tokens of one request as they arrive: ids, behaviour log-probs and policy versions, each [T]."""
+    """The tokens of one request as they arrive: ids, behaviour log-probs and policy versions, each [T].
+
+    `topk_ids` [T][K] are the most probable ids at each position, best first, by raw log-probs; empty if not asked for.
+    """
 
     done: asyncio.Future[None]
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    topk_ids: list[list[int]] = field(default_factory=list)
     finish_reason: str = ""
 
 
@@ -73,7 +82,7 @@ class Engine:
                 # Cached prefixes would outlive the weights that made them.
                 enable_prefix_caching=False,
                 **_prefill_args(spec),
-                max_logprobs=1,
+                max_logprobs=max(1, spec.top_logprobs),
                 logprobs_mode="raw_logprobs",
                 weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
                 disable_log_stats=True,
@@ -115,8 +124,10 @@ class Engine:
         new_ids: Sequence[int] = completion.token_ids
         stream.token_ids.extend(new_ids)
         flat = completion.logprobs
-        # One entry a position was asked for; the first entry of a position is the sampled token's.
+        # The first entry of a position is the sampled token's, then come those of rank 1 to K (it once more, perhaps).
         stream.logprobs.extend(flat.logprobs[start] for start in flat.start_indices)
+        spans = zip(flat.start_indices, flat.end_indices, strict=True)
+        stream.topk_ids.extend(flat.token_ids[start + 1 : end] for start, end in spans if end - start > 1)
         stream.versions.extend([self.policy_version] * len(new_ids))
         if output.finished:
             stream.finish_reason = completion.finish_reason or "unknown"
@@ -152,7 +163,7 @@ def _sampling_params(sampling: Sampling) -> SamplingParams:
         top_p=sampling.top_p,
         max_tokens=sampling.max_tokens,
         seed=sampling.seed,
-        logprobs=0,
+        logprobs=sampling.top_logprobs,
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,

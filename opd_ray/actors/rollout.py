@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opd_ray.actors.group import WorkerGroup
-from opd_ray.config import RunConfig, Template
+from opd_ray.choices import Support, Template
+from opd_ray.config import RunConfig
 from opd_ray.errors import ModelError
 from opd_ray.evaluation.scoring import Completion
 from opd_ray.placement import Share
@@ -44,6 +45,8 @@ class RolloutSpec:
     eval_max_response_tokens: int
     eval_temperature: float
     eval_top_p: float
+    support: Support
+    top_k: int
 
     @classmethod
     def of(cls, cfg: RunConfig, name: str, model_path: str, dtype: str) -> RolloutSpec:
@@ -64,7 +67,14 @@ class RolloutSpec:
             eval_max_response_tokens=cfg.evaluation.max_response_tokens,
             eval_temperature=cfg.evaluation.temperature,
             eval_top_p=cfg.evaluation.top_p,
+            support=cfg.teacher.support,
+            top_k=cfg.teacher.top_k,
         )
+
+    @property
+    def student_top_k(self) -> int:
+        """How many of the student's own most probable ids a trajectory carries at each position."""
+        return self.top_k if self.support is Support.student_topk else 0
 
 
 def sampling_seed(run_seed: int, purpose: str, number: int) -> int:
@@ -79,11 +89,13 @@ class RolloutWorker:
     def __init__(self, spec: RolloutSpec) -> None:
         from opd_ray.actors.engine import Engine, EngineSpec
         from opd_ray.actors.tokenization import PromptTokenizer, load_tokenizer, tokenizer_fingerprint
+        from opd_ray.replay.schema import BatchSpec
 
         self._spec = spec
         self._tokenizer: Any = load_tokenizer(spec.model_path)
         self._prompts = PromptTokenizer(self._tokenizer, spec.template, spec.model_path)
-        self._fingerprint = tokenizer_fingerprint(self._tokenizer)
+        fingerprint = tokenizer_fingerprint(self._tokenizer)
+        self._batch_spec = BatchSpec(fingerprint, support=spec.support.name, student_top_k=spec.student_top_k)
         try:
             self._engine = Engine(
                 EngineSpec(
@@ -92,6 +104,7 @@ class RolloutWorker:
                     max_model_tokens=spec.max_model_tokens,
                     max_num_seqs=spec.max_num_seqs,
                     gpu_memory_utilization=spec.gpu_memory_utilization,
+                    top_logprobs=spec.student_top_k,
                 )
             )
         except (ValueError, OSError) as error:
@@ -108,7 +121,6 @@ class RolloutWorker:
         """Hop 3: sample every slot of the request; an Arrow payload and its receipt."""
         from opd_ray.actors.engine import Sampling
         from opd_ray.replay.codec import encode_rollouts
-        from opd_ray.replay.schema import BatchSpec
 
         started = time.monotonic()
         spec = self._spec
@@ -117,14 +129,14 @@ class RolloutWorker:
         todo = {}
         for prompt, slot in zip(prompts, request.slots, strict=True):
             seed = sampling_seed(spec.seed, "rollout", slot)
-            sampling = Sampling(spec.temperature, spec.top_p, spec.max_response_tokens, seed)
+            sampling = Sampling(spec.temperature, spec.top_p, spec.max_response_tokens, seed, spec.student_top_k)
             todo[f"rollout-{slot}"] = (encoded[prompt.id], sampling)
         streams = await self._engine.generate(todo)
         rows = [
             self._row(slot, prompt.id, encoded[prompt.id], streams[f"rollout-{slot}"])
             for prompt, slot in zip(prompts, request.slots, strict=True)
         ]
-        payload = encode_rollouts(rows, BatchSpec(self._fingerprint))
+        payload = encode_rollouts(rows, self._batch_spec)
         receipts = tuple(_receipt(index, row) for index, row in enumerate(rows))
         return payload, BatchReceipt(receipts, spec.name, time.monotonic() - started, payload.size)
 
@@ -146,6 +158,7 @@ class RolloutWorker:
             finish_reason=stream.finish_reason,
             temperature=self._spec.temperature,
             top_p=self._spec.top_p,
+            student_topk_ids=np.asarray(stream.topk_ids, dtype=np.int32) if self._spec.student_top_k else None,
         )
 
     async def complete(self, prompts: Sequence[Prompt], first: int, num_samples: int) -> list[list[Completion]]:

@@ -13,6 +13,7 @@ from opd_ray.replay.columns import Array, ArrowArray, check_values
 from opd_ray.replay.rows import RolloutRow
 from opd_ray.replay.schema import (
     ROLLOUT_COLUMNS,
+    STUDENT_IDS,
     TEACHER_COLUMNS,
     BatchSpec,
     check_spec,
@@ -33,26 +34,36 @@ def encode_rollouts(rows: Sequence[RolloutRow], spec: BatchSpec) -> pa.Buffer:
 def add_teacher_columns(
     batch: pa.RecordBatch,
     teacher_logprobs: Sequence[Array],
-    teacher_topk_ids: Sequence[Array],
+    teacher_topk_ids: Sequence[Array] | None,
     teacher_topk_logprobs: Sequence[Array],
     spec: BatchSpec,
 ) -> pa.Buffer:
     """A scored batch (hop 5) as bytes: `batch` and one array a trajectory, [T], [T, K] and [T, K].
 
-    Log-probs of another float type are rounded to the schema's. Raises `SchemaError` when a shape or a value
-    is wrong, or `spec` speaks of another tokenizer than `batch`.
+    `teacher_topk_ids` is None where `batch` brings its support with it: its `student_topk_ids` are taken over as they
+    are. Log-probs of another float type are rounded to the schema's. Raises `SchemaError` when a shape or a value is
+    wrong, or `spec` speaks of another tokenizer or support than `batch`.
     """
     if not spec.top_k:
         raise SchemaError("top_k = 0 of a scored batch: give K")
-    check_spec(read_spec(batch.schema), BatchSpec(spec.tokenizer_fingerprint))
-    given = (teacher_logprobs, teacher_topk_ids, teacher_topk_logprobs)
-    for name, arrays in zip(TEACHER_COLUMNS, given, strict=True):
+    check_spec(read_spec(batch.schema), spec.rollout)
+    if (teacher_topk_ids is None) != (STUDENT_IDS in batch.schema.names):
+        raise SchemaError(
+            f"column 'teacher_topk_ids' of a batch with support {spec.support!r}: give its arrays for 'teacher_topk', "
+            "and None for 'student_topk', where the batch has them"
+        )
+    given = dict(zip(TEACHER_COLUMNS, (teacher_logprobs, teacher_topk_ids, teacher_topk_logprobs), strict=True))
+    columns = [batch.column(name) for name in ROLLOUT_COLUMNS]
+    for name, arrays in given.items():
+        if arrays is None:
+            columns.append(batch.column(STUDENT_IDS))
+            continue
         if len(arrays) != batch.num_rows:
             raise SchemaError(
                 f"column {name!r} has {len(arrays)} rows and {batch.num_rows} are expected: give one each"
             )
-    added = [_column(name, arrays, spec) for name, arrays in zip(TEACHER_COLUMNS, given, strict=True)]
-    return _write([*(batch.column(name) for name in ROLLOUT_COLUMNS), *added], spec)
+        columns.append(_column(name, arrays, spec))
+    return _write(columns, spec)
 
 
 def decode(buffer: Any, *, columns: Iterable[str] | None = None, expected: BatchSpec | None = None) -> pa.RecordBatch:

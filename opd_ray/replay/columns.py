@@ -13,8 +13,14 @@ from opd_ray.errors import SchemaError
 Array = npt.NDArray[Any]
 ArrowArray = Any  # the stubs do not type the children of nested arrays
 
-TOKEN_COLUMNS = ("behavior_logprobs", "teacher_logprobs", "teacher_topk_ids", "teacher_topk_logprobs")
-ID_COLUMNS = ("prompt_token_ids", "response_token_ids", "teacher_topk_ids", "version_values")
+TOKEN_COLUMNS = (
+    "behavior_logprobs",
+    "student_topk_ids",
+    "teacher_logprobs",
+    "teacher_topk_ids",
+    "teacher_topk_logprobs",
+)
+ID_COLUMNS = ("prompt_token_ids", "response_token_ids", "student_topk_ids", "teacher_topk_ids", "version_values")
 
 
 def offsets(column: ArrowArray) -> npt.NDArray[np.int32]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from opd_ray.replay.columns import row_views
-from opd_ray.replay.schema import ROLLOUT_COLUMNS, SCORED_COLUMNS
+from opd_ray.replay.schema import ROLLOUT_COLUMNS, SCORED_COLUMNS, STUDENT_IDS
 from opd_ray.replay.versions import expand_versions
 
 Row = TypeVar("Row")
@@ -19,7 +19,10 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RolloutRow:
-    """Hop 3: one sampled trajectory of P prompt and T response tokens; units and meaning as in `schema`."""
+    """Hop 3: one sampled trajectory of P prompt and T response tokens; units and meaning as in `schema`.
+
+    `student_topk_ids` is there between sampling and scoring, where the support is the student's.
+    """
 
     slot: int
     prompt_id: str
@@ -31,6 +34,7 @@ class RolloutRow:
     finish_reason: str
     temperature: float
     top_p: float
+    student_topk_ids: npt.NDArray[np.int32] | None = field(default=None, kw_only=True)  # [T, K]
 
     @property
     def token_versions(self) -> npt.NDArray[np.int64]:
@@ -49,7 +53,8 @@ class ScoredRow(RolloutRow):
 
 def rollout_rows(batch: pa.RecordBatch) -> list[RolloutRow]:
     """The trajectories of a batch that has all rollout columns; arrays are read-only views."""
-    return _rows(batch, ROLLOUT_COLUMNS, RolloutRow)
+    given = [STUDENT_IDS] if STUDENT_IDS in batch.schema.names else []
+    return _rows(batch, [*ROLLOUT_COLUMNS, *given], RolloutRow)
 
 
 def scored_rows(batch: pa.RecordBatch) -> list[ScoredRow]:
@@ -65,4 +70,4 @@ def _rows(batch: pa.RecordBatch, names: Sequence[str], make: Callable[..., Row])
             values.append(row_views(batch, name))
         else:
             values.append(batch.column(name).to_pylist())
-    return [make(*row) for row in zip(*values, strict=True)]
+    return [make(**dict(zip(names, row, strict=True))) for row in zip(*values, strict=True)]

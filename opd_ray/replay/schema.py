@@ -16,15 +16,26 @@ temperature          float32             sampling temperature
 top_p                float32             sampled nucleus mass
 ==================== =================== ==================================================================
 
-and a *scored* batch (hop 5) has besides
+and, where the support is the student's (``support="student_topk"``), also
+
+===================== ================================ ======================================================
+student_topk_ids      list<fixed_size_list<int32, K>>  [T, K] the sampling student's K most probable ids
+===================== ================================ ======================================================
+
+A *scored* batch (hop 5) has the columns of the first table and
 
 ===================== ================================ ======================================================
 teacher_logprobs      list<float32> [T]                the teacher's log-probs of the sampled tokens (nats)
-teacher_topk_ids      list<fixed_size_list<int32, K>>  [T, K] the support: the teacher's K most probable ids
-teacher_topk_logprobs list<fixed_size_list<F, K>>      [T, K] their log-probs (nats); F is float16 or float32
+teacher_topk_ids      list<fixed_size_list<int32, K>>  [T, K] the support: K ids that the teacher was scored at
+teacher_topk_logprobs list<fixed_size_list<F, K>>      [T, K] the teacher's log-probs there (nats); F is float16
+                                                       or float32
 ===================== ================================ ======================================================
 
-Metadata: schema version, K (0: not scored), F, tokenizer fingerprint, kind of support. Nothing is null.
+The support is the teacher's K most probable ids (``support="teacher_topk"``), or what was ``student_topk_ids`` before
+(``support="student_topk"``): the ids then stand under the new name only, so that a batch never carries them twice.
+
+Metadata: schema version, tokenizer fingerprint, kind of support, K of the scored support (0: not scored), F, and K of
+``student_topk_ids`` (0: no such column). Nothing is null.
 """
 
 from __future__ import annotations
@@ -35,9 +46,12 @@ import pyarrow as pa
 
 from opd_ray.errors import SchemaError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FIX = "write it with replay.codec"
 SUPPORT_TEACHER_TOPK = "teacher_topk"
+SUPPORT_STUDENT_TOPK = "student_topk"
+SUPPORTS = (SUPPORT_TEACHER_TOPK, SUPPORT_STUDENT_TOPK)
+STUDENT_IDS = "student_topk_ids"
 FLOAT_TYPES: dict[str, pa.DataType] = {"float16": pa.float16(), "float32": pa.float32()}
 
 ROLLOUT_TYPES: dict[str, pa.DataType] = {
@@ -59,29 +73,50 @@ SCORED_COLUMNS = ROLLOUT_COLUMNS + TEACHER_COLUMNS
 
 @dataclass(frozen=True, slots=True)
 class BatchSpec:
-    """What a batch's metadata say; `top_k` is 0 in a rollout batch. Raises `SchemaError` on bad values.
+    """What a batch's metadata say. Raises `SchemaError` on values that no batch can have.
 
-    `logprob_dtype` (float16 or float32) is the dtype of `teacher_topk_logprobs`; `tokenizer_fingerprint`
-    identifies the tokenizer that all ids belong to; `support` says how the K ids were chosen.
+    `top_k` is K of the scored support and 0 in a rollout batch; `logprob_dtype` (float16 or float32) is the dtype of
+    `teacher_topk_logprobs`; `tokenizer_fingerprint` identifies the tokenizer that all ids belong to; `support` says
+    whose most probable ids the K ids are; `student_top_k` is K of `student_topk_ids`, 0 without that column.
     """
 
     tokenizer_fingerprint: str
     top_k: int = 0
     logprob_dtype: str = "float16"
     support: str = SUPPORT_TEACHER_TOPK
+    student_top_k: int = 0
 
     def __post_init__(self) -> None:
-        if self.top_k < 0:
-            raise SchemaError(f"top_k = {self.top_k} of a trajectory batch: give at least 0")
-        if self.logprob_dtype not in FLOAT_TYPES:
+        if min(self.top_k, self.student_top_k) < 0:
             raise SchemaError(
-                f"logprob_dtype = {self.logprob_dtype!r} of a trajectory batch: give one of {[*FLOAT_TYPES]}"
+                f"top_k = {self.top_k} and student_top_k = {self.student_top_k} of a trajectory batch: give at least 0"
             )
+        for name, value, allowed in (
+            ("logprob_dtype", self.logprob_dtype, [*FLOAT_TYPES]),
+            ("support", self.support, [*SUPPORTS]),
+        ):
+            if value not in allowed:
+                raise SchemaError(f"{name} = {value!r} of a trajectory batch: give one of {allowed}")
+        awaits_teacher = self.support == SUPPORT_STUDENT_TOPK and not self.top_k
+        if awaits_teacher != bool(self.student_top_k):
+            stage = f"a batch with support {self.support!r} and top_k = {self.top_k}"
+            raise SchemaError(
+                f"student_top_k = {self.student_top_k} of {stage}: give "
+                f"{'at least 1, the ids are to be scored' if awaits_teacher else '0, it has no student_topk_ids'}"
+            )
+
+    @property
+    def rollout(self) -> BatchSpec:
+        """Of a scored batch's spec: the spec of the rollout batch that it is made from."""
+        given = self.top_k if self.support == SUPPORT_STUDENT_TOPK else 0
+        return BatchSpec(self.tokenizer_fingerprint, support=self.support, student_top_k=given)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of all columns, in order."""
-        return SCORED_COLUMNS if self.top_k else ROLLOUT_COLUMNS
+        if self.top_k:
+            return SCORED_COLUMNS
+        return (*ROLLOUT_COLUMNS, STUDENT_IDS) if self.student_top_k else ROLLOUT_COLUMNS
 
     def type_of(self, column: str) -> pa.DataType:
         """Arrow type of one of `columns`."""
@@ -89,6 +124,8 @@ class BatchSpec:
             return ROLLOUT_TYPES[column]
         if column == "teacher_logprobs":
             return pa.list_(pa.float32())
+        if column == STUDENT_IDS:
+            return pa.list_(pa.list_(pa.int32(), self.student_top_k))
         value = pa.int32() if column == "teacher_topk_ids" else FLOAT_TYPES[self.logprob_dtype]
         return pa.list_(pa.list_(value, self.top_k))
 
@@ -114,13 +151,15 @@ def read_spec(schema: pa.Schema) -> BatchSpec:
             f"metadata schema_version of a trajectory batch is {metadata['schema_version']!r} and "
             f"'{SCHEMA_VERSION}' is expected: run every worker with the same version of opd_ray"
         )
-    if not metadata["top_k"].isdecimal():
-        raise SchemaError(f"metadata top_k = {metadata['top_k']!r} of a trajectory batch: a whole number is expected")
+    for key in ("top_k", "student_top_k"):
+        if not metadata[key].isdecimal():
+            raise SchemaError(f"metadata {key} = {metadata[key]!r} of a trajectory batch: a whole number is expected")
     return BatchSpec(
         tokenizer_fingerprint=metadata["tokenizer_fingerprint"],
         top_k=int(metadata["top_k"]),
         logprob_dtype=metadata["logprob_dtype"],
         support=metadata["support"],
+        student_top_k=int(metadata["student_top_k"]),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from opd_ray.actors.scoring_model import hidden_states, load_causal_lm, pad_rows
 from opd_ray.actors.teacher import TeacherSpec, TeacherWorker
 from opd_ray.actors.tokenization import load_tokenizer, newline_token_mask, tokenizer_fingerprint
-from opd_ray.config import Dtype, LogprobDtype, Template
+from opd_ray.choices import Dtype, LogprobDtype, Template
 from opd_ray.replay.codec import decode, encode_rollouts
 from opd_ray.replay.rows import RolloutRow, scored_rows
 from opd_ray.replay.schema import BatchSpec

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 
@@ -46,6 +48,19 @@ def teacher_arrays(lengths: list[int], top_k: int, seed: int = 1) -> tuple[Array
     )
 
 
+def with_student_ids(rows: list[RolloutRow], top_k: int, seed: int = 2) -> list[RolloutRow]:
+    rng = np.random.default_rng(seed)
+    shapes = [(len(row.response_token_ids), top_k) for row in rows]
+    return [
+        dataclasses.replace(row, student_topk_ids=rng.integers(0, 100, shape, dtype=np.int32))
+        for row, shape in zip(rows, shapes, strict=True)
+    ]
+
+
 def scored_buffer(lengths: list[int], spec: BatchSpec) -> pa.Buffer:
-    rollouts = decode(encode_rollouts(trajectories(lengths), ROLLOUT))
-    return add_teacher_columns(rollouts, *teacher_arrays(lengths, spec.top_k), spec)
+    rows = trajectories(lengths)
+    logprobs, ids, topk_logprobs = teacher_arrays(lengths, spec.top_k)
+    if spec.rollout.student_top_k:
+        batch = decode(encode_rollouts(with_student_ids(rows, spec.top_k), spec.rollout))
+        return add_teacher_columns(batch, logprobs, None, topk_logprobs, spec)
+    return add_teacher_columns(decode(encode_rollouts(rows, spec.rollout)), logprobs, ids, topk_logprobs, spec)

@@ -17,11 +17,18 @@ from opd_ray.replay.columns import row_views
 from opd_ray.replay.rows import rollout_rows, scored_rows
 from opd_ray.replay.schema import BatchSpec, read_spec
 from opd_ray.replay.versions import expand_versions, version_segments
-from tests.unit.replay.batches import FINGERPRINT, ROLLOUT, scored_buffer, teacher_arrays, trajectories
+from tests.unit.replay.batches import (
+    FINGERPRINT,
+    ROLLOUT,
+    scored_buffer,
+    teacher_arrays,
+    trajectories,
+    with_student_ids,
+)
 
 
 def assert_same_fields(found: Any, expected: Any) -> None:
-    for field in dataclasses.fields(expected):
+    for field in dataclasses.fields(type(expected)):
         have, want = getattr(found, field.name), getattr(expected, field.name)
         if isinstance(want, np.ndarray):
             np.testing.assert_array_equal(have, want)
@@ -56,9 +63,36 @@ def test_scored_batches_come_back_as_they_were(dtype: str) -> None:
         assert row.teacher_topk_ids.shape == (len(logprobs), 4)
 
 
-def test_bytes_per_token_on_the_wire() -> None:
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 9))
+def test_the_students_ids_come_back_as_they_were(lengths: list[int], top_k: int) -> None:
+    given_rows = with_student_ids(trajectories(lengths), top_k)
+    spec = BatchSpec(FINGERPRINT, support="student_topk", student_top_k=top_k)
+    batch = decode(encode_rollouts(given_rows, spec), expected=spec)
+    assert read_spec(batch.schema) == spec
+    for found, expected in zip(rollout_rows(batch), given_rows, strict=True):
+        assert_same_fields(found, expected)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(1, 2)])
+def test_the_students_ids_become_the_support(rows: slice) -> None:
+    lengths, spec = [7, 1, 30], BatchSpec(FINGERPRINT, 4, "float32", "student_topk")
+    given_rows = with_student_ids(trajectories(lengths), 4)
+    start, count = rows.start, rows.stop - rows.start
+    batch = decode(encode_rollouts(given_rows, spec.rollout), expected=spec.rollout).slice(start, count)
+    logprobs, _, topk = teacher_arrays(lengths[rows], 4)
+    scored = decode(add_teacher_columns(batch, logprobs, None, topk, spec), expected=spec)
+    assert scored.schema.names.count("teacher_topk_ids") == 1
+    assert "student_topk_ids" not in scored.schema.names
+    for row, rollout, values in zip(scored_rows(scored), given_rows[rows], topk, strict=True):
+        assert_same_fields(dataclasses.replace(row, student_topk_ids=row.teacher_topk_ids), rollout)
+        np.testing.assert_array_equal(row.teacher_topk_logprobs, values)
+
+
+@pytest.mark.parametrize("support", ["teacher_topk", "student_topk"])
+def test_bytes_per_token_on_the_wire(support: str) -> None:
     top_k, lengths = 32, [1024] * 32
-    spec = BatchSpec(FINGERPRINT, top_k=top_k)
+    spec = BatchSpec(FINGERPRINT, top_k=top_k, support=support)
     size = scored_buffer(lengths, spec).size
     tokens = sum(lengths)
     # 6 bytes for each support entry; id, behaviour and teacher log-prob of the token; little for each row.

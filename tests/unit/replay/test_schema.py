@@ -14,7 +14,14 @@ from opd_ray.replay.codec import add_teacher_columns, decode, encode_rollouts
 from opd_ray.replay.columns import row_views
 from opd_ray.replay.rows import scored_rows
 from opd_ray.replay.schema import BatchSpec
-from tests.unit.replay.batches import FINGERPRINT, ROLLOUT, scored_buffer, teacher_arrays, trajectories
+from tests.unit.replay.batches import (
+    FINGERPRINT,
+    ROLLOUT,
+    scored_buffer,
+    teacher_arrays,
+    trajectories,
+    with_student_ids,
+)
 
 INT32 = np.int32
 
@@ -96,13 +103,62 @@ def test_wrong_teacher_columns_are_not_encoded() -> None:
         BatchSpec("tok-2", top_k=3),
         BatchSpec(FINGERPRINT, top_k=4),
         BatchSpec(FINGERPRINT, top_k=3, logprob_dtype="float32"),
-        BatchSpec(FINGERPRINT, top_k=3, support="union"),
+        BatchSpec(FINGERPRINT, top_k=3, support="student_topk"),
         ROLLOUT,
     ],
 )
 def test_metadata_must_be_the_expected(expected: BatchSpec) -> None:
     with pytest.raises(SchemaError, match="^metadata .* is expected"):
         decode(scored_buffer([4], BatchSpec(FINGERPRINT, top_k=3)), expected=expected)
+
+
+STUDENT = BatchSpec(FINGERPRINT, top_k=3, support="student_topk")
+
+
+def test_wrong_student_ids_are_not_encoded() -> None:
+    (row,) = with_student_ids(trajectories([4]), 3)
+    ids = row.student_topk_ids
+    assert ids is not None
+    wrong: Any
+    for wrong, message in (
+        (ids[:, :2], r"'student_topk_ids', row 0, has shape \(4, 2\) and \[T, 3\] is expected"),
+        (ids[:3], "'student_topk_ids', row 0 .*another number of entries than response tokens"),
+        (ids - 101, "'student_topk_ids' has the value -"),
+        (ids.astype(np.float32), "'student_topk_ids' has dtype float32 and int32 is expected"),
+        (None, r"'student_topk_ids', row 0, has shape \(\) and \[T, 3\] is expected"),
+    ):
+        with pytest.raises(SchemaError, match=message):
+            encode_rollouts([dataclasses.replace(row, student_topk_ids=wrong)], STUDENT.rollout)
+
+
+def test_each_hop_checks_whose_support_it_is() -> None:
+    plain = encode_rollouts(trajectories([4]), ROLLOUT)
+    handed = encode_rollouts(with_student_ids(trajectories([4]), 3), STUDENT.rollout)
+    own = BatchSpec(FINGERPRINT, top_k=3)
+    logprobs, ids, topk = teacher_arrays([4], 3)
+    with pytest.raises(SchemaError, match="metadata support .* is 'teacher_topk' and 'student_topk' is expected"):
+        decode(plain, expected=STUDENT.rollout)
+    with pytest.raises(SchemaError, match="metadata support .* is 'student_topk' and 'teacher_topk' is expected"):
+        decode(handed, expected=ROLLOUT)
+    with pytest.raises(SchemaError, match="metadata support .* is 'student_topk' and 'teacher_topk' is expected"):
+        add_teacher_columns(decode(handed), logprobs, ids, topk, own)
+    with pytest.raises(SchemaError, match="metadata support .* is 'teacher_topk' and 'student_topk' is expected"):
+        add_teacher_columns(decode(plain), logprobs, None, topk, STUDENT)
+    wider = BatchSpec(FINGERPRINT, top_k=4, support="student_topk")
+    with pytest.raises(SchemaError, match="metadata student_top_k .* is 3 and 4 is expected"):
+        decode(handed, expected=wider.rollout)
+    with pytest.raises(SchemaError, match="metadata top_k .* is 0 and 3 is expected"):
+        decode(handed, expected=STUDENT)
+    for given_ids, batch, spec in ((ids, handed, STUDENT), (None, plain, own)):
+        with pytest.raises(SchemaError, match="'teacher_topk_ids' .*: give its arrays for 'teacher_topk', and None"):
+            add_teacher_columns(decode(batch), logprobs, given_ids, topk, spec)
+
+
+def test_bytes_of_another_schema_version_are_refused() -> None:
+    batch = decode(encode_rollouts(trajectories([4]), ROLLOUT))
+    older = batch.replace_schema_metadata((batch.schema.metadata or {}) | {b"schema_version": b"1"})
+    with pytest.raises(SchemaError, match="schema_version of a trajectory batch is '1' and '2' is expected"):
+        decode(stream(older))
 
 
 def test_bytes_that_are_no_batch_are_refused() -> None:
@@ -173,7 +229,18 @@ def test_reading_a_column_that_was_left_out_says_so() -> None:
         scored_rows(batch)
 
 
-@pytest.mark.parametrize("options", [{"top_k": -1}, {"logprob_dtype": "float64"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": -1},
+        {"logprob_dtype": "float64"},
+        {"support": "union"},
+        {"student_top_k": 3},
+        {"student_top_k": -1, "support": "student_topk"},
+        {"support": "student_topk"},
+        {"support": "student_topk", "top_k": 3, "student_top_k": 3},
+    ],
+)
 def test_impossible_specs_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(SchemaError):
         BatchSpec(FINGERPRINT, **options)
