@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from opd_ray.actors.scoring_model import hidden_states
 from opd_ray.objective import head_statistics, overlap_ratio, support_logits, token_logprobs
 
-# Numbers in one chunk of [positions, V] logits: 128 MiB in float32.
-_CHUNK_NUMBERS = 2**25
+# Positions in one tile of the log-sum-exp.
+_CHUNK_SIZE = 1024
 
 
 class LogprobMode(Enum):
@@ -92,34 +92,33 @@ class PolicyModel(nn.Module):
         """What `request` asks for; `input_ids` int64 [B, L], `positions` int64 [N] into [B * L], `sampled_ids` [N]."""
         hidden = hidden_states(self.language_model, input_ids, positions)
         head = self.head_weight
-        chunk_size = max(1, _CHUNK_NUMBERS // head.shape[0])
         scores = []
         if request.support_ids is not None:
             scores.append(support_logits(hidden, head, request.support_ids, kernel=self._kernel))
         if request.logprobs is LogprobMode.differentiable:
-            scores.append(token_logprobs(hidden, head, sampled_ids, chunk_size=chunk_size)[:, None])
+            scores.append(token_logprobs(hidden, head, sampled_ids, chunk_size=_CHUNK_SIZE)[:, None])
         logprobs = entropy = probe = None
         with torch.no_grad():
             if request.entropy:
-                statistics = head_statistics(hidden, head, sampled_ids, chunk_size=chunk_size)
+                statistics = head_statistics(hidden, head, sampled_ids, chunk_size=_CHUNK_SIZE)
                 logprobs, entropy = statistics.logprobs, statistics.entropy
             elif request.logprobs is LogprobMode.constant:
-                logprobs = _logprobs_at(hidden, head, sampled_ids, request.logprob_at, chunk_size)
+                logprobs = _logprobs_at(hidden, head, sampled_ids, request.logprob_at)
             if request.probe_at is not None and request.probe_support is not None:
-                probe = _probe(hidden[request.probe_at], head, request.probe_support, chunk_size)
+                probe = _probe(hidden[request.probe_at], head, request.probe_support)
         return torch.cat(scores, dim=1) if scores else None, logprobs, entropy, probe
 
 
-def _logprobs_at(hidden: Tensor, head: Tensor, ids: Tensor, at: Tensor | None, chunk_size: int) -> Tensor:
+def _logprobs_at(hidden: Tensor, head: Tensor, ids: Tensor, at: Tensor | None) -> Tensor:
     if at is None:
-        return token_logprobs(hidden, head, ids, chunk_size=chunk_size)
-    some = token_logprobs(hidden[at], head, ids[at], chunk_size=chunk_size)
+        return token_logprobs(hidden, head, ids, chunk_size=_CHUNK_SIZE)
+    some = token_logprobs(hidden[at], head, ids[at], chunk_size=_CHUNK_SIZE)
     return some.new_full(ids.shape, math.nan).index_put((at,), some)
 
 
-def _probe(hidden: Tensor, head: Tensor, support_ids: Tensor, chunk_size: int) -> Tensor:
+def _probe(hidden: Tensor, head: Tensor, support_ids: Tensor) -> Tensor:
     """[3, M]: the student's mass on the support, the overlap of its own top K with it, and its entropy (nats)."""
-    statistics = head_statistics(hidden, head, None, chunk_size=chunk_size, top_k=support_ids.shape[1])
+    statistics = head_statistics(hidden, head, None, chunk_size=_CHUNK_SIZE, top_k=support_ids.shape[1])
     logprobs = support_logits(hidden, head, support_ids) - statistics.logsumexp[:, None]
     overlap = overlap_ratio(statistics.topk_ids, support_ids)
     return torch.stack([logprobs.exp().sum(-1), overlap.to(logprobs.dtype), statistics.entropy])

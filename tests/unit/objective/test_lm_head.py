@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opd_ray.objective import lm_head, support_logits, token_logprobs
+from opd_ray.objective import lm_head, lm_head_tiles, support_logits, token_logprobs
 
 Head = Callable[[Tensor, Tensor], Tensor]
 SPARSE, DENSE = (5, 700, 6, 3), (5, 20, 6, 3)  # N, V, H, K on both sides of V = 32 K
@@ -98,7 +98,7 @@ def test_neither_route_builds_all_logits(shape: tuple[int, int, int, int]) -> No
 
 
 def test_token_logprobs_hold_one_tile_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "TILE_ROWS", 32)
+    monkeypatch.setattr(lm_head_tiles, "TILE_ROWS", 32)
     hidden, head, ids = draw(64, 1000, 8, 1, dtype=torch.float32)
     with LargestTensor() as seen:
         token_logprobs(hidden, head, ids[:, 0], chunk_size=16).sum().backward()  # type: ignore[no-untyped-call]
@@ -109,7 +109,7 @@ def test_token_logprobs_hold_one_tile_at_a_time(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 100])
 @pytest.mark.parametrize("tile", [1, 7, 64])
 def test_token_logprobs_values_and_gradients(chunk_size: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "TILE_ROWS", tile)
+    monkeypatch.setattr(lm_head_tiles, "TILE_ROWS", tile)
     hidden, head, ids = draw(5, 23, 4, 1)
     token = torch.tensor([0, 22, 7, 7, 13])
     scale = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0], dtype=torch.float64)
