@@ -83,7 +83,8 @@ def make_work(args: argparse.Namespace, dtype: Dtype) -> tuple[Work, dict[str, A
         prompt = Prompt(id=str(records[index].get("id", index)), problem=records[index]["problem"])
         prompt_ids = encoder.encode(prompt)
         response = [*tokenizer(records[index]["solution"])["input_ids"], tokenizer.eos_token_id]
-        if args.shortest <= len(prompt_ids) + len(response) <= args.longest and len(rows) < args.sequences:
+        fits = len(response) >= args.shortest and len(prompt_ids) + len(response) <= args.longest
+        if fits and len(rows) < args.sequences:
             prompts.append(prompt)
             rows.append(rollout_row(len(rows), prompt.id, prompt_ids, response))
     fingerprint = tokenizer_fingerprint(tokenizer)
@@ -219,7 +220,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="JSONL with the texts `problem` and `solution`")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=[item.name for item in Dtype])
     parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--shortest", type=int, default=60, help="tokens of prompt and response")
+    parser.add_argument("--shortest", type=int, default=100, help="tokens of the response")
     parser.add_argument("--longest", type=int, default=400, help="tokens of prompt and response")
     parser.add_argument("--top-k", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)

@@ -5,8 +5,8 @@ on the CPU, for tests.
 """
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 BLOCK_WIDTH = 128  # columns of the head read at once

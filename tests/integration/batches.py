@@ -127,7 +127,7 @@ def reference_weights(cfg: RunConfig, rows: list[ScoredRow], current: torch.Tens
     """[N] float64, one segment after the other."""
     gate = cfg.gate
     lengths = [len(row.response_token_ids) for row in rows]
-    drifts = (current - joined(rows, "behavior_logprobs").double()).split(lengths)
+    drifts = torch.split(current - joined(rows, "behavior_logprobs").double(), lengths)
     weights = [torch.ones(length, dtype=torch.float64) for length in lengths]
     for row, drift in enumerate(drifts):
         ratio = drift.exp()

@@ -114,9 +114,7 @@ class Trainer:
             micros.append(select_positions(micro, self._spec.objective, self._masks))
         return micros
 
-    def _planned(
-        self, batch: RankBatch, micros: list[Microbatch | None], record: StepRecord
-    ) -> list[Weighed | None]:
+    def _planned(self, batch: RankBatch, micros: list[Microbatch | None], record: StepRecord) -> list[Weighed | None]:
         """Weights that need the whole step first, by a forward pass without gradient; None for each otherwise.
 
         Placeholders take part, because under ZeRO 3 a forward pass is a collective; `micros` get their final `valid`.
