@@ -25,7 +25,7 @@ from opd_ray.replay.codec import decode, encode_rollouts
 from opd_ray.replay.rows import ScoredRow, rollout_rows, scored_rows
 from opd_ray.replay.schema import BatchSpec, read_spec
 from opd_ray.types import Prompt, RolloutRequest
-from tests.integration.runs import NO_SHARE, small_config
+from tests.integration.runs import NO_SHARE, Engines, small_config, train
 
 pytestmark = pytest.mark.integration
 
@@ -158,3 +158,17 @@ def test_a_batch_for_another_support_is_refused(scored: Scored) -> None:
 
     with pytest.raises(SchemaError, match=f"metadata support .* is '{other.support}' and '{spec.support}' is expected"):
         asyncio.run(refused())
+
+
+def test_a_run_trains_on_the_support(scored: Scored) -> None:
+    """The last test of these engines, as they end with trained weights."""
+    record = train(scored.cfg, Engines(scored.rollout, scored.teacher, str(scored.student)))
+    assert record.of("replay/visits/max") == [1, 2]
+    assert all(norm > 0 for norm in record.of("learner/grad_norm"))
+    mass, overlap = record.of("support/student_mass/mean")[0], record.of("support/overlap_ratio/mean")[0]
+    if scored.cfg.teacher.top_k == VOCAB:
+        assert mass == pytest.approx(1.0, abs=1e-5) and overlap == 1.0
+    else:
+        # The student's own top K is all its own; the teacher's is not.
+        assert (overlap == 1.0) == (scored.cfg.teacher.support.name == "student_topk")
+        assert 0 < mass < 1
