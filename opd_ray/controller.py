@@ -18,9 +18,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,33 +35,11 @@ from opd_ray.data.source import PromptSource
 from opd_ray.evaluation.scoring import EvaluationResult, score
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.types import BatchReceipt, Histogram, Prompt, RolloutRequest
+from opd_ray.workload import GroupLoad, pipeline_metrics
 
 LogMetrics = Callable[[int, Mapping[str, float | Histogram]], None]
 
 logger = logging.getLogger("opd_ray")
-
-
-@dataclass(slots=True)
-class GroupTimes:
-    """Busy seconds and response tokens of each group since the last step."""
-
-    busy_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    tokens: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-
-    def add(self, role: str, busy_s: float, tokens: int) -> None:
-        """Count one call."""
-        self.busy_s[role] += busy_s
-        self.tokens[role] += tokens
-
-    def take(self) -> dict[str, float]:
-        """Metrics of all calls counted since the last `take`."""
-        metrics: dict[str, float] = {}
-        for role, busy_s in self.busy_s.items():
-            metrics[f"time/{role}_busy_s"] = busy_s
-            metrics[f"{role}/tokens_per_s"] = self.tokens[role] / busy_s if busy_s else 0.0
-        self.busy_s.clear()
-        self.tokens.clear()
-        return metrics
 
 
 @dataclass(slots=True)
@@ -100,7 +77,11 @@ class Controller:
         self._source = source
         self._problems = problems
         self._log_metrics = log_metrics
-        self._times = GroupTimes()
+        self._loads = {
+            "rollout": GroupLoad(len(groups.rollout.workers)),
+            "teacher": GroupLoad(len(groups.teacher.workers)),
+            "learner": GroupLoad(1),
+        }
         self._policy_version = 0
         self._published_version = 0
         self._producers: set[asyncio.Task[None]] = set()
@@ -135,7 +116,7 @@ class Controller:
             prompts = self._next_prompts(-(-len(slots) // samples))
             used, unused = slots[: len(prompts) * samples], slots[len(prompts) * samples :]
             if used:
-                self._start_producer(RolloutRequest(tuple(prompts), tuple(used), samples), turn % len(engines))
+                self._start_producer(RolloutRequest(tuple(prompts), tuple(used), samples))
             if unused:
                 await self._store(self._groups.store.fail.remote(unused, "end_of_data"))
                 await self._store(self._groups.store.end_of_data.remote())
@@ -154,22 +135,29 @@ class Controller:
                 break
         return prompts
 
-    def _start_producer(self, request: RolloutRequest, engine: int) -> None:
-        task = asyncio.create_task(self._produce(request, engine))
-        self._producers.add(task)
+    def _start_producer(self, request: RolloutRequest) -> None:
+        # Chosen here and not in the task, which starts later: the next request must see this one.
+        engine = self._loads["rollout"].least_loaded()
+        self._loads["rollout"].begin(engine, len(request.slots))
+        self._producers.add(asyncio.create_task(self._produce(request, engine)))
 
     async def _produce(self, request: RolloutRequest, engine: int) -> None:
         """Hops 3 to 6 of one request: sample, score, store."""
         groups = self._groups
-        payload, receipt_ref = groups.rollout.workers[engine].generate.options(num_returns=2).remote(request)
-        receipt: BatchReceipt = await groups.rollout.result(receipt_ref, engine)
-        self._times.add("rollout", receipt.busy_s, receipt.num_response_tokens)
-        teacher = request.slots[0] % len(groups.teacher.workers)
-        scored, scored_receipt_ref = (
-            groups.teacher.workers[teacher].score.options(num_returns=2).remote(payload, receipt, request.prompts)
-        )
-        scored_receipt: BatchReceipt = await groups.teacher.result(scored_receipt_ref, teacher)
-        self._times.add("teacher", scored_receipt.busy_s, scored_receipt.num_response_tokens)
+        try:
+            payload, receipt_ref = groups.rollout.workers[engine].generate.options(num_returns=2).remote(request)
+            receipt: BatchReceipt = await groups.rollout.result(receipt_ref, engine)
+        finally:
+            self._loads["rollout"].end(engine, len(request.slots))
+        self._loads["rollout"].done(receipt.busy_s, receipt.num_response_tokens)
+        load = self._loads["teacher"]
+        teacher = load.least_loaded()
+        with load.call(teacher, receipt.num_response_tokens):
+            scored, scored_receipt_ref = (
+                groups.teacher.workers[teacher].score.options(num_returns=2).remote(payload, receipt, request.prompts)
+            )
+            scored_receipt: BatchReceipt = await groups.teacher.result(scored_receipt_ref, teacher)
+        load.done(scored_receipt.busy_s, scored_receipt.num_response_tokens)
         # In a list, so that Ray hands the reference on and not the payload.
         await self._store(groups.store.append.remote(scored_receipt, [scored]))
 
@@ -206,7 +194,8 @@ class Controller:
 
     async def _step(self, batch: SampledBatch) -> Metrics:
         begun = time.monotonic()
-        reports = await self._groups.learner.train_step(batch, self._policy_version)
+        with self._loads["learner"].call(0, len(batch.slots)):
+            reports = await self._groups.learner.train_step(batch, self._policy_version)
         metrics = step_metrics(
             reports,
             is_gated=self._cfg.gate.kind is not GateKind.off,
@@ -214,7 +203,7 @@ class Controller:
         )
         self._warn_of_support(metrics)
         num_tokens = sum(report.num_tokens for report in reports)
-        self._times.add("learner", time.monotonic() - begun, num_tokens)
+        self._loads["learner"].done(time.monotonic() - begun, num_tokens)
         self._policy_version += 1
         self.totals.steps += 1
         self.totals.trained_tokens += num_tokens
@@ -225,7 +214,7 @@ class Controller:
             await self.publish()
         metrics["time/publish_s"] = time.monotonic() - begun
         await self._store(self._groups.store.release.remote(batch.slots, self._policy_version))
-        return metrics | self._times.take() | await self._batch_metrics(batch)
+        return metrics | pipeline_metrics(self._loads) | await self._batch_metrics(batch)
 
     async def _batch_metrics(self, batch: SampledBatch) -> dict[str, float]:
         staleness = [info.staleness for info in batch.infos]
