@@ -136,6 +136,30 @@ class HeadKernel(Enum):
     triton = "triton"
 
 
+class ReplayOrder(Enum):
+    """Which ready trajectories train next.
+
+    `fifo`: the oldest slots; `freshest`: those with the newest policy version; `weighted`: a seeded draw with weight
+    1 / (1 + staleness).
+    """
+
+    fifo = "fifo"
+    freshest = "freshest"
+    weighted = "weighted"
+
+
+class StalePolicy(Enum):
+    """What becomes of slow trajectories.
+
+    `wait`: the learner waits for them, none is overtaken or dropped; `drop`: they are overtaken, and dropped above
+    `replay.max_staleness`; `gate`: overtaken, and left to the gate up to `replay.hard_staleness`.
+    """
+
+    wait = "wait"
+    drop = "drop"
+    gate = "gate"
+
+
 class LrSchedule(Enum):
     """Learning-rate schedule after the warm-up."""
 

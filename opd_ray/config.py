@@ -25,6 +25,8 @@ from opd_ray.choices import (
     MaskRule,
     ObjectiveKind,
     Overlong,
+    ReplayOrder,
+    StalePolicy,
     Support,
     TauMode,
     Template,
@@ -112,6 +114,11 @@ class ReplayConfig:
 
     max_staleness: int = ranged(0, "optimizer steps a trajectory may be old at its first visit; 0 = lock-step", ge=0)
     reuse: int = ranged(2, "optimizer steps that each trajectory is used for", ge=1)
+    order: ReplayOrder = documented(ReplayOrder.fifo, "which ready trajectories train next")
+    stale: StalePolicy = documented(StalePolicy.wait, "whether slow trajectories are waited for, dropped or gated")
+    hard_staleness: int = ranged(0, "with stale=gate: drop above this staleness at the first visit; else 0", ge=0)
+    max_bytes: int = ranged(0, "bytes of stored and expected payloads above which generation waits, 0 = any", ge=0)
+    spill_bytes: int = ranged(0, "bytes of payloads in memory above which the rest go to files, 0 = never", ge=0)
     logprob_dtype: LogprobDtype = documented(LogprobDtype.float16, "dtype of stored teacher top-K log-probs")
 
 

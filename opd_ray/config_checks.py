@@ -14,6 +14,8 @@ from opd_ray.choices import (
     GateKind,
     GateNormalize,
     ObjectiveKind,
+    ReplayOrder,
+    StalePolicy,
     Support,
     TauMode,
     Template,
@@ -30,6 +32,7 @@ def check_config(cfg: RunConfig) -> None:
     _check_groups(cfg)
     _check_objective(cfg)
     _check_gate(cfg)
+    _check_replay(cfg)
 
 
 def _leaves(part: Any, prefix: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -162,6 +165,25 @@ def _check_gate(cfg: RunConfig) -> None:
         )
 
 
+def _check_replay(cfg: RunConfig) -> None:
+    replay = cfg.replay
+    if replay.stale is StalePolicy.wait and replay.order is not ReplayOrder.fifo:
+        raise ConfigError(
+            f"replay.order={replay.order.name} with replay.stale=wait, which lets nothing be overtaken: choose "
+            "replay.stale=drop or gate, or replay.order=fifo"
+        )
+    if replay.stale is not StalePolicy.gate and replay.hard_staleness:
+        raise ConfigError(
+            f"replay.hard_staleness={replay.hard_staleness} with replay.stale={replay.stale.name}, which has no wider "
+            "bound: choose replay.stale=gate, or give 0"
+        )
+    if replay.stale is StalePolicy.gate and replay.hard_staleness <= replay.max_staleness:
+        raise ConfigError(
+            f"replay.hard_staleness={replay.hard_staleness} with replay.stale=gate leaves the gate nothing between it "
+            f"and replay.max_staleness={replay.max_staleness}: give a value > {replay.max_staleness}"
+        )
+
+
 def announcements(cfg: RunConfig) -> list[str]:
     """What is allowed and biases the result: one line each, to be said once at start-up."""
     said = []
@@ -182,6 +204,16 @@ def announcements(cfg: RunConfig) -> list[str]:
         said.append(
             f"gate.kind={cfg.gate.kind.name} with replay.reuse=1 and replay.max_staleness=0: every trajectory is "
             "fresh, so the weights are always one"
+        )
+    if cfg.replay.stale is not StalePolicy.wait and cfg.replay.max_staleness == 0:
+        said.append(
+            f"replay.stale={cfg.replay.stale.name} with replay.max_staleness=0: in lock-step nothing is overtaken, so "
+            "replay.stale and replay.order change nothing"
+        )
+    if cfg.replay.stale is StalePolicy.gate and cfg.gate.kind is GateKind.off:
+        said.append(
+            f"replay.stale=gate with gate.kind=off: trajectories up to {cfg.replay.hard_staleness} steps old are "
+            "trained on at full weight"
         )
     if cfg.gate.control is not GateControl.none:
         said.append(

@@ -216,9 +216,10 @@ class Controller:
         await self._store(self._groups.store.release.remote(batch.slots, self._policy_version))
         return metrics | pipeline_metrics(self._loads) | await self._batch_metrics(batch)
 
-    async def _batch_metrics(self, batch: SampledBatch) -> dict[str, float]:
+    async def _batch_metrics(self, batch: SampledBatch) -> Metrics:
         staleness = [info.staleness for info in batch.infos]
         state = await self._store(self._groups.store.state.remote())
+        lengths: Metrics = await self._store(self._groups.store.lengths.remote())
         return {
             "replay/staleness/max": float(max(staleness)),
             "replay/staleness/mean": sum(staleness) / len(staleness),
@@ -226,6 +227,8 @@ class Controller:
             "replay/age_s/max": max(info.age_s for info in batch.infos),
             "rollout/response_tokens/mean": sum(i.num_response_tokens for i in batch.infos) / len(batch.infos),
             **{f"replay/{name}": float(value) for name, value in state.items()},
+            # What was trained and what was dropped, by response length: a store that drops the long ones shows here.
+            **{f"replay/{name}": value for name, value in lengths.items()},
         }
 
     async def publish(self) -> None:

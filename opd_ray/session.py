@@ -20,6 +20,7 @@ from opd_ray.actors.group import WorkerGroup, remote_result, worker_env
 from opd_ray.actors.learner.group import LearnerGroup
 from opd_ray.actors.preflight import PreflightReport, PreflightSpec, preflight
 from opd_ray.actors.rollout import RolloutGroup
+from opd_ray.actors.store import start_store
 from opd_ray.actors.teacher import TeacherGroup
 from opd_ray.config import RunConfig
 from opd_ray.config_checks import announcements
@@ -28,8 +29,6 @@ from opd_ray.data.source import PromptSource
 from opd_ray.errors import ActorError, OpdError
 from opd_ray.evaluation.scoring import EvaluationResult
 from opd_ray.placement import ResourcePlan, Share, plan_resources
-from opd_ray.replay.staleness import StoreConfig
-from opd_ray.replay.store import ReplayStore
 from opd_ray.report.table import results_table
 from opd_ray.run_folder import RunFolder
 from opd_ray.sources import evaluation_problems, model_path, training_prompts
@@ -183,9 +182,7 @@ class Session:
     def _create_groups(self, plan: ResourcePlan, report: PreflightReport) -> Groups:
         cfg = self.cfg
         student, teacher = model_path(cfg.student.path), model_path(cfg.teacher.path)
-        store_config = StoreConfig(cfg.trajectories_per_step, cfg.replay.reuse, cfg.replay.max_staleness, cfg.num_steps)
-        store_class: Any = ray.remote(ReplayStore)
-        self._store = store_class.options(name="replay-store", num_cpus=0, max_concurrency=1000).remote(store_config)
+        self._store = start_store(cfg)
         learner = LearnerGroup.create(cfg, plan.learner, student)
         rollout = RolloutGroup.create(cfg, plan.rollout, [student] * cfg.rollout.num_engines)
         scoring = TeacherGroup.create(cfg, plan.teacher, report.vocab_size, report.tokenizer_fingerprint, teacher)

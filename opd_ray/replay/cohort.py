@@ -40,15 +40,15 @@ class StoredTrajectory:
     num_visits: int = 0
     num_releases: int = 0
 
-    def info(self, learner_version: int, max_staleness: int, now_s: float) -> SampleInfo:
+    def info(self, learner_version: int, first_bound: int, now_s: float) -> SampleInfo:
         """The facts of the next visit, at `learner_version`; raises `StaleBatchError` above the bound."""
         visit = self.num_visits + 1
         age = staleness(self.receipt.oldest_version, learner_version)
-        bound = staleness_bound(max_staleness, visit)
+        bound = staleness_bound(first_bound, visit)
         if age > bound:
             raise StaleBatchError(
                 f"trajectory {self.receipt.slot} is {age} steps old at visit {visit}, bound {bound} "
-                f"(max_staleness {max_staleness}): each optimizer step must sample exactly once"
+                f"({first_bound} at the first): each optimizer step must sample exactly once"
             )
         return SampleInfo(
             slot=self.receipt.slot,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from opd_ray.errors import LedgerError
 
@@ -60,6 +61,17 @@ class Ledger:
                 f"in store {in_store}, booked {self.in_store}; "
                 f"in flight {in_flight}, booked {self.in_flight}): report this as a fault of the store"
             )
+
+    @classmethod
+    def of(cls, books: Mapping[str, int]) -> Ledger:
+        """The ledger that `as_dict` told of."""
+        ledger = cls()
+        for name in ("started", "trained", "in_store", "in_flight"):
+            setattr(ledger, name, books[name])
+        for kind, counts in (("evicted", ledger.evicted), ("failed", ledger.failed)):
+            start = f"{kind}/"
+            counts.update({key.removeprefix(start): count for key, count in books.items() if key.startswith(start)})
+        return ledger
 
     def as_dict(self) -> dict[str, int]:
         """The books as one flat, JSON-able dict, with ``evicted/<reason>`` and ``failed/<reason>``."""

@@ -11,6 +11,7 @@ class _Payload:
     ref: Any
     num_bytes: int
     rows_left: int
+    in_memory: bool = True
 
 
 class PayloadShelf:
@@ -31,6 +32,29 @@ class PayloadShelf:
         """Bytes of all payloads that are held."""
         return sum(payload.num_bytes for payload in self._payloads.values())
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the payloads that were not spilled."""
+        return sum(payload.num_bytes for payload in self._payloads.values() if payload.in_memory)
+
+    def newest_in_memory(self) -> list[int]:
+        """Numbers of the payloads that were not spilled, the last that came in first."""
+        return [payload_id for payload_id in reversed(self._payloads) if self._payloads[payload_id].in_memory]
+
+    def holds(self, payload_id: int) -> bool:
+        """Whether a row of that payload is still needed."""
+        return payload_id in self._payloads
+
+    def spill(self, payload_id: int, spilled: Any) -> None:
+        """Let go of a payload's reference; `spilled` stands for it."""
+        payload = self._payloads[payload_id]
+        payload.ref, payload.in_memory = spilled, False
+
+    def recall(self, payload_id: int, ref: Any) -> None:
+        """A spilled payload is in memory again, as `ref`."""
+        payload = self._payloads[payload_id]
+        payload.ref, payload.in_memory = ref, True
+
     def put(self, ref: Any, num_bytes: int, num_rows: int) -> int:
         """Hold `ref` for `num_rows` rows; returns its number."""
         payload_id = self._next_id
@@ -41,6 +65,10 @@ class PayloadShelf:
     def ref(self, payload_id: int) -> Any:
         """The reference of a payload that is held."""
         return self._payloads[payload_id].ref
+
+    def size(self, payload_id: int) -> int:
+        """Bytes of a payload that is held."""
+        return self._payloads[payload_id].num_bytes
 
     def drop_row(self, payload_id: int) -> None:
         """One row is not needed any more."""

@@ -12,7 +12,7 @@ class SlotQueue:
 
     def __init__(self) -> None:
         self.num_given = 0
-        self.in_flight: dict[int, None] = {}  # ascending: slot numbers only grow
+        self.in_flight: dict[int, str | None] = {}  # prompt ids, if known; ascending: slot numbers only grow
         self.ready: dict[int, StoredTrajectory] = {}  # in order of arrival
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Staleness: its one definition, the admission rule that bounds it, and the proof.
+"""Staleness: its one definition, the rules that bound it, and the proofs.
 
 Definitions
 -----------
@@ -33,7 +33,8 @@ no cohort from then on, so a slot with ``first_visit_version(q) >= final_version
 
 Bound
 -----
-Theorem: at its visit number u (1 = first) a trajectory's staleness is at most ``max_staleness + u - 1``.
+Theorem 1 (``stale=wait``): at its visit number u (1 = first) a trajectory's staleness is at most
+``max_staleness + u - 1``.
 
 Proof. For a queued slot x of rank r let F(x) = next_version + (r // n) * R. No event raises F(x):
 
@@ -59,42 +60,104 @@ The store does not rely on the engines' promise: before forming a cohort it *swe
 trajectories whose real staleness is above the bound (an engine with old weights, a learner that jumped
 ahead). Their ranks are refilled by admission at once.
 
+Overtaking
+----------
+With ``stale=wait`` the learner waits for the slowest of the n first slots. With ``stale=drop`` and ``stale=gate`` it
+does not: the next cohort is formed as soon as n slots are *ready*, wherever in the queue, and `order` picks them:
+``fifo`` the n oldest slots, ``freshest`` those whose oldest token is newest, ``weighted`` a draw without replacement
+with weight 1 / (1 + staleness). ``wait`` has no choice to make, so it goes with ``fifo`` only. Let B be
+`max_staleness` with ``drop`` and `hard_staleness` with ``gate``; the sweep evicts above B.
+
+Theorem 2: at its visit number u a trajectory's staleness is at most ``B + u - 1``, in every order.
+
+Proof. A cohort is formed in the same call as the sweep, at the same learner version v. What the sweep left has
+v - oldest token <= B, so B bounds the first visit; each further visit is one optimizer step later and adds exactly
+one. A visit at a version that was not planned is checked and refused (`StaleBatchError`). QED.
+
+Admission is the same, and so the queue never holds more than (max_staleness + 1) * n slots; what it no longer gives
+is F: a slot that is passed over keeps its rank or some of it while next_version rises by R. With ``fifo`` this
+happens only to slots in flight: a ready slot outside the cohort has the n slots taken before it, so its rank falls by
+n and F stays (step 3). Hence with ``order=fifo`` only those are dropped that were overtaken while they were generated
+and scored: the slow, which are the long. `ReplayStore.lengths` shows that bias. With ``freshest`` and ``weighted`` a
+ready one may be passed over too, until the sweep takes it.
+
+With ``max_staleness = 0`` at most n slots are queued, so that nothing can be overtaken and every mode is lock-step.
+
 Progress
 --------
 Let the learner wait for a cohort at version L, everything older be published (version = L), and everything
 in flight complete or fail. Then next_version = L, and either the first n slots are all ready (the learner
-goes on), or fewer than n are queued: q // n = 0 and L - L = 0 <= max_staleness, so `num_acquirable` is at
-least n - q >= 1 and rollout goes on. Failed and evicted slots leave a gap that may be smaller than a group of
+goes on; with overtaking, any n), or fewer than n are queued: q // n = 0 and L - L = 0 <= max_staleness, so
+`num_acquirable` is at least n - q >= 1 and rollout goes on. The new slots are of version L: the sweep at L
+leaves them alone, in every mode. Failed and evicted slots leave a gap that may be smaller than a group of
 samples, so whoever acquires a group must accept fewer slots than asked for; insisting on a whole group can
 wait forever (at max_staleness 0 one failure is enough).
+
+Bytes
+-----
+With `max_bytes` slots are given out only if, besides, the bytes of the stored payloads plus the expected bytes of what
+is in flight, these slots included, are at most `max_bytes` (`admission`); before the first payload tells what to
+expect, there is no room, and a request that fits in part waits, so that groups stay whole. One exception keeps
+progress: while no cohort is drafted (all that the learner had is released), up to n - q slots are given out whatever
+the bytes. Let the learner wait as above, with everything released. Then no cohort is drafted, and the case "fewer than
+n are queued" gives n - q >= 1 slots by both rules: the next cohort is always filled. What goes beyond the budget is
+therefore at most one cohort (and the error of the expectation), and only while nothing is trained on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opd_ray.choices import ReplayOrder, StalePolicy
 from opd_ray.errors import ConfigError, StaleBatchError
 
 
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
-    """What the replay store is told; raises `ConfigError` when a value is out of range.
+    """What the replay store is told; raises `ConfigError` when values are out of range or do not fit each other.
 
     `trajectories_per_step` (at least 1) is the size of a cohort, `reuse` (at least 1) its number of visits,
     and `max_staleness` (at least 0, optimizer steps) the bound at the first visit; 0 is lock-step. The learner
     stops at `final_version` (None: never): slots that would first be visited then or later are not given out.
+    `stale`, `order` and `hard_staleness` (above `max_staleness` with ``gate``, else 0) are told in the module's text;
+    `seed` is that of ``weighted``. `max_bytes` (0: none) bounds payloads, stored and expected.
     """
 
     trajectories_per_step: int
     reuse: int = 1
     max_staleness: int = 0
     final_version: int | None = None
+    order: ReplayOrder = ReplayOrder.fifo
+    stale: StalePolicy = StalePolicy.wait
+    hard_staleness: int = 0
+    max_bytes: int = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("trajectories_per_step", 1), ("reuse", 1), ("max_staleness", 0)):
+        for name, least in (("trajectories_per_step", 1), ("reuse", 1), ("max_staleness", 0), ("max_bytes", 0)):
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"{name} = {value} of the replay store is out of range: give at least {least}")
+        if self.stale is StalePolicy.wait and self.order is not ReplayOrder.fifo:
+            raise ConfigError(
+                f"order = {self.order.name} of the replay store with stale = wait, which overtakes nothing: give fifo"
+            )
+        least = self.max_staleness + 1 if self.stale is StalePolicy.gate else 0
+        if self.hard_staleness < least or (self.hard_staleness and not least):
+            raise ConfigError(
+                f"hard_staleness = {self.hard_staleness} of the replay store with stale = {self.stale.name}: "
+                f"give {f'at least {least}' if least else '0'}"
+            )
+
+    @property
+    def overtakes(self) -> bool:
+        """Whether a cohort may be formed of slots behind one that is still in flight."""
+        return self.stale is not StalePolicy.wait
+
+    @property
+    def sweep_bound(self) -> int:
+        """Largest staleness at the first visit: B of the module's text."""
+        return self.hard_staleness if self.stale is StalePolicy.gate else self.max_staleness
 
 
 def staleness(oldest_version: int, learner_version: int) -> int:
@@ -110,9 +173,9 @@ def staleness(oldest_version: int, learner_version: int) -> int:
     return learner_version - oldest_version
 
 
-def staleness_bound(max_staleness: int, visit: int) -> int:
-    """Largest staleness that visit number `visit` (1 = first) may have."""
-    return max_staleness + visit - 1
+def staleness_bound(first_bound: int, visit: int) -> int:
+    """Largest staleness that visit number `visit` (1 = first) may have; `first_bound` holds at the first."""
+    return first_bound + visit - 1
 
 
 def first_visit_version(num_queued: int, next_version: int, config: StoreConfig) -> int:

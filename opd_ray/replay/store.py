@@ -1,8 +1,7 @@
 """The replay store: who may roll out, what is ready, which trajectories train next, and what became of each.
 
-A plain class on one event loop: `ray.remote(ReplayStore)` makes it an async actor, ``asyncio.run`` tests it.
-It keeps payload references of any type and never looks inside. `staleness` explains the protocol and proves
-its bound.
+A plain class on one event loop: `ray.remote(ReplayStore)` makes it an async actor, ``asyncio.run`` tests it. It keeps
+payload references of any type and never looks inside. `staleness` explains the protocol and proves its bound.
 """
 
 from __future__ import annotations
@@ -10,40 +9,41 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from opd_ray.errors import LedgerError, StoreClosedError, StoreError
+from opd_ray.replay.admission import num_in_budget
 from opd_ray.replay.cohort import SampledBatch, StoredTrajectory, collect
-from opd_ray.replay.ledger import Ledger
-from opd_ray.replay.payloads import PayloadShelf
-from opd_ray.replay.queue import SlotQueue
+from opd_ray.replay.parts import StoreParts
+from opd_ray.replay.sampling import next_cohort
+from opd_ray.replay.snapshot import capture, read_image, rebuild, write_image
+from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig, num_acquirable
-from opd_ray.types import BatchReceipt
+from opd_ray.types import BatchReceipt, Histogram
 
 STALE = "stale"
 DRAINED = "drained"
 
 
 class ReplayStore:
-    """Slots, ready trajectories, the running cohort and the ledger; only two methods ever wait.
+    """Slots, ready trajectories, the running cohort and the ledger; only `acquire_slots` and `sample` wait for others.
 
-    `version` is the policy version that all engines have at the start; `clock` gives seconds.
+    `version` is the policy version that all engines have at the start; `clock` gives seconds; `spill` is where payloads
+    go that memory has no room for (None: nowhere).
     """
 
-    def __init__(self, config: StoreConfig, version: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: StoreConfig,
+        version: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        spill: SpillSpace | None = None,
+    ) -> None:
         self._config = config
+        self._spill = spill
         self._clock = clock
-        self._version = version
-        self._next_version = version
-        self._queue = SlotQueue()
-        self._drafted: dict[int, StoredTrajectory] = {}  # members of cohorts, until their last release
-        self._cohort: list[int] = []  # slots of the cohort that has visits left
-        self._visits_left = 0
-        self._last_visit_version = version
-        self._dropped: dict[int, int] = {}  # evicted while the learner had them: releases still to come
-        self._shelf = PayloadShelf()
-        self._ledger = Ledger()
-        self._data_ended = False
+        self._parts = StoreParts.fresh(config, version)
         self._drained = False
         self._sampling = False
         self._closed = False
@@ -54,20 +54,36 @@ class ReplayStore:
 
         Fewer are returned (at least one) when fewer are missing: failures and evictions leave gaps smaller
         than a group, and waiting for a whole group's room would wait forever. Without them, and with groups
-        that divide `trajectories_per_step`, groups are always whole. Raises `StoreClosedError` once the store
-        is closed or the data have ended.
+        that divide `trajectories_per_step`, groups are always whole; the byte budget is waited for as a whole,
+        except when the learner has nothing. Raises `StoreClosedError` once the store is closed or the data have ended.
         """
         if num_slots < 1:
             raise StoreError(f"{num_slots} slots were asked for: ask for at least 1")
         while True:
+            if self._spill is not None:
+                await self._spill.relieve(self._parts)
             self._refuse_if_closed()
-            if self._data_ended:
+            if self._parts.data_ended:
                 raise StoreClosedError("the data have ended: acquire no slot after end_of_data()")
-            count = min(num_slots, self._num_acquirable())
+            count = min(num_slots, self._num_acquirable(num_slots))
             if count > 0:
-                self._ledger.start(count)
-                return self._queue.give(count)
+                self._parts.ledger.start(count)
+                return self._parts.queue.give(count)
             await self._change.wait()
+
+    def assign(self, slots: Sequence[int], prompt_ids: Sequence[str]) -> None:
+        """Say which prompt each slot in flight is for, so that it can be started again after a crash (`pending`)."""
+        if len(slots) != len(prompt_ids):
+            raise StoreError(f"assign got {len(slots)} slots and {len(prompt_ids)} prompt ids: give one id a slot")
+        self._require(slots, self._parts.queue.in_flight, "assign", "in flight")
+        self._parts.queue.in_flight.update(zip(slots, prompt_ids, strict=True))
+
+    def pending(self) -> dict[int, str | None]:
+        """Slots in flight, ascending, with their prompts' ids; None where `assign` was not called.
+
+        After `restore` each is to be started again under its slot number, or failed.
+        """
+        return dict(self._parts.queue.in_flight)
 
     def append(self, receipt: BatchReceipt, refs: list[Any]) -> None:
         """Take in scored trajectories; `refs` is a list, which Ray leaves alone, of one payload reference.
@@ -78,12 +94,13 @@ class ReplayStore:
         slots = [trajectory.slot for trajectory in receipt.trajectories]
         if len(refs) != 1 or not slots:
             raise StoreError(f"append got {len(refs)} references and {len(slots)} trajectories: give 1 and at least 1")
-        self._require(slots, self._queue.in_flight, "append", "in flight")
+        self._require(slots, self._parts.queue.in_flight, "append", "in flight")
         now_s = self._clock()
-        payload_id = self._shelf.put(refs[0], receipt.num_bytes, len(slots))
+        payload_id = self._parts.shelf.put(refs[0], receipt.num_bytes, len(slots))
         for trajectory in receipt.trajectories:
-            self._queue.land(StoredTrajectory(trajectory, payload_id, now_s))
-        self._ledger.store(len(slots))
+            self._parts.queue.land(StoredTrajectory(trajectory, payload_id, now_s))
+        self._parts.payload_size.add(receipt.num_bytes, len(slots))
+        self._parts.ledger.store(len(slots))
         if self._drained:
             self._evict_ready(slots, DRAINED)
         self._changed()
@@ -92,19 +109,20 @@ class ReplayStore:
         """Wait for the batch of the optimizer step that starts from `learner_version`, and count its visit.
 
         The running cohort again while it has visits left (smaller if members were evicted), else the next
-        one, once the `num_trajectories` oldest slots are all ready. None when the data have ended and no
-        cohort can be filled any more; the leftovers are evicted as ``drained``. Raises `StoreError` when the
-        request does not fit the protocol, `StaleBatchError` when a trajectory would be used above its bound,
-        `StoreClosedError` when closed.
+        one, once `num_trajectories` slots are ready: with ``stale=wait`` the oldest, else as `order` says. None
+        when the data have ended and no cohort can be filled any more; the leftovers are evicted as ``drained``.
+        Raises `StoreError` when the request does not fit the protocol, `StaleBatchError` when a trajectory would
+        be used above its bound, `StoreClosedError` when closed.
         """
         if num_trajectories != self._config.trajectories_per_step:
             raise StoreError(
                 f"{num_trajectories} trajectories were asked for and a cohort has "
                 f"{self._config.trajectories_per_step}: ask for trajectories_per_step"
             )
-        if learner_version < self._version:
+        published = self._parts.schedule.version
+        if learner_version < published:
             raise StoreError(
-                f"the learner asks at version {learner_version} and version {self._version} is published: "
+                f"the learner asks at version {learner_version} and version {published} is published: "
                 "restore learner and store from the same checkpoint"
             )
         if self._sampling:
@@ -113,11 +131,12 @@ class ReplayStore:
         try:
             while not self._drained:
                 self._refuse_if_closed()
-                if self._visits_left == 0:
-                    self._anchor(learner_version)
+                if self._parts.schedule.visits_left == 0:
+                    if self._parts.schedule.anchor(learner_version):
+                        self._changed()
                     self._sweep(learner_version)
-                    self._form_cohort()
-                if self._visits_left > 0:
+                    self._form_cohort(learner_version)
+                if self._parts.schedule.visits_left > 0:
                     return self._visit(learner_version)
                 if not self._drained:
                     await self._change.wait()
@@ -133,60 +152,57 @@ class ReplayStore:
         """
         self._refuse_older(policy_version)
         self._refuse_repeated(slots, "release")
-        for slot in slots:
-            member = self._drafted.get(slot)
-            if slot not in self._dropped and (member is None or member.num_releases >= member.num_visits):
-                raise LedgerError(
-                    f"slot {slot} was released and is not out for training: release what was sampled, once"
-                )
-        for slot in slots:
-            if slot in self._dropped:
-                self._forget_dropped(slot)
-                continue
-            member = self._drafted[slot]
-            member.num_releases += 1
-            if member.num_releases == self._config.reuse:
-                del self._drafted[slot]
-                self._shelf.drop_row(member.payload_id)
-                self._ledger.train(1)
+        self._parts.drafted.check_out(slots)
+        self._parts.retire(self._parts.drafted.give_back(slots, self._config.reuse))
         self.set_version(policy_version)
 
     def set_version(self, policy_version: int) -> None:
         """All engines have confirmed `policy_version`; raises `StoreError` when versions go back."""
         self._refuse_older(policy_version)
-        self._version = policy_version
-        self._next_version = max(self._next_version, policy_version + self._visits_left)
+        self._parts.schedule.publish(policy_version)
         self._changed()
 
     def fail(self, slots: Sequence[int], reason: str) -> None:
         """Slots in flight ended without a trajectory; raises `LedgerError` if one is not in flight."""
-        self._require(slots, self._queue.in_flight, "fail", "in flight")
+        self._require(slots, self._parts.queue.in_flight, "fail", "in flight")
         for slot in slots:
-            del self._queue.in_flight[slot]
-        self._ledger.fail(len(slots), reason)
+            del self._parts.queue.in_flight[slot]
+        self._parts.ledger.fail(len(slots), reason)
         self._changed()
 
     def evict(self, slots: Sequence[int], reason: str) -> None:
         """Drop stored trajectories, the learner's too; raises `LedgerError` if one is not in the store."""
-        self._require(slots, self._queue.ready.keys() | self._drafted.keys(), "evict", "in the store")
-        self._evict_ready([slot for slot in slots if slot in self._queue.ready], reason)
-        for slot in slots:
-            member = self._drafted.pop(slot, None)
-            if member is None:
-                continue
-            if member.num_visits > member.num_releases:
-                self._dropped[slot] = member.num_visits - member.num_releases
-            self._shelf.drop_row(member.payload_id)
-            self._ledger.evict(1, reason)
-        self._cohort = [slot for slot in self._cohort if slot in self._drafted]
-        if self._visits_left > 0 and not self._cohort:
-            self._visits_left = 0
-            self._next_version = max(self._last_visit_version + 1, self._version)
+        self._require(
+            slots, self._parts.queue.ready.keys() | self._parts.drafted.members.keys(), "evict", "in the store"
+        )
+        self._evict_ready([slot for slot in slots if slot in self._parts.queue.ready], reason)
+        self._parts.evict(self._parts.drafted.take_away(slots), reason)
+        if self._parts.schedule.visits_left > 0 and not self._parts.drafted.running:
+            self._parts.schedule.give_up_visits()
         self._changed()
 
     def end_of_data(self) -> None:
         """No slot will be acquired any more: `sample` drains what is left and then returns None."""
-        self._data_ended = True
+        self._parts.data_ended = True
+        self._changed()
+
+    async def snapshot(self, folder: Path, fetch: Callable[[Any], Any]) -> None:
+        """Write the store of this instant as `folder` (see `snapshot`); raises `SnapshotError` if that fails.
+
+        `fetch` makes bytes, or an awaitable of them, of a payload reference. The store goes on meanwhile.
+        """
+        await write_image(capture(self._parts, self._config, self._clock()), folder, fetch)
+
+    async def restore(self, folder: Path, put: Callable[[Any], Any]) -> None:
+        """Go on from a snapshot; `put` makes a payload reference of a `pyarrow.Buffer`.
+
+        Slots that were in flight are so again, and visits that were not released are made again. Raises `SnapshotError`
+        on a snapshot that is missing, damaged or foreign, `StoreError` when this store was in use; it stays as it was.
+        """
+        image = await read_image(folder, put)
+        if self._parts.ledger.started:
+            raise StoreError("a store that was in use cannot be restored: make a new one")
+        self._parts = rebuild(image, self._config, self._clock())
         self._changed()
 
     def close(self) -> None:
@@ -196,71 +212,55 @@ class ReplayStore:
 
     def ledger(self) -> dict[str, int]:
         """The books (`Ledger.as_dict`), compared with what is here; raises `LedgerError` if they differ."""
-        self._ledger.check(in_flight=len(self._queue.in_flight), in_store=len(self._queue.ready) + len(self._drafted))
-        return self._ledger.as_dict()
+        self._parts.ledger.check(
+            in_flight=len(self._parts.queue.in_flight), in_store=len(self._parts.queue.ready) + len(self._parts.drafted)
+        )
+        return self._parts.ledger.as_dict()
 
     def state(self) -> dict[str, int]:
         """Fill counts, flat and JSON-able: trajectories, payloads, bytes, versions, slots acquirable now."""
-        stored = [*self._queue.ready.values(), *self._drafted.values()]
-        return {
-            "version": self._version,
-            "next_version": self._next_version,
-            "in_flight": len(self._queue.in_flight),
-            "ready": len(self._queue.ready),
-            "drafted": len(self._drafted),
-            "visits_left": self._visits_left,
-            "acquirable": self._num_acquirable(),
-            "payloads": len(self._shelf),
-            "payload_bytes": self._shelf.num_bytes,
-            "response_tokens": sum(member.receipt.num_response_tokens for member in stored),
-        }
+        return self._parts.counts() | {"acquirable": self._num_acquirable(1)}
 
-    def _num_acquirable(self) -> int:
-        return num_acquirable(len(self._queue), self._next_version, self._version, self._config)
+    def lengths(self) -> dict[str, float | Histogram]:
+        """What training kept against what was dropped, since the start (`LengthReport.as_metrics`)."""
+        return self._parts.lengths.as_metrics()
 
-    def _anchor(self, learner_version: int) -> None:
-        if self._next_version != learner_version:
-            self._next_version = learner_version
-            self._changed()
+    def _num_acquirable(self, wanted: int) -> int:
+        schedule = self._parts.schedule
+        load = self._parts.load
+        fresh = num_acquirable(load.num_queued, schedule.next_version, schedule.version, self._config)
+        return min(fresh, num_in_budget(load, self._parts.payload_size, min(wanted, fresh), self._config))
 
     def _sweep(self, learner_version: int) -> None:
-        stale = self._queue.older_than(learner_version - self._config.max_staleness)
+        stale = self._parts.queue.older_than(learner_version - self._config.sweep_bound)
         if stale:
             self._evict_ready(stale, STALE)
             self._changed()
 
-    def _form_cohort(self) -> None:
-        """Draft the n oldest slots if all are ready; drain if the data have ended and n cannot be filled."""
-        size = self._config.trajectories_per_step
-        head = self._queue.head(size)
-        if head:
-            self._drafted.update({slot: self._queue.ready.pop(slot) for slot in head})
-            self._cohort, self._visits_left = head, self._config.reuse
-        elif self._data_ended and len(self._queue) < size:
+    def _form_cohort(self, learner_version: int) -> None:
+        """Draft the next cohort if it is ready; drain if the data have ended and it cannot be filled."""
+        cohort = next_cohort(self._parts.queue, self._config, learner_version)
+        if cohort:
+            self._parts.drafted.begin([self._parts.queue.ready.pop(slot) for slot in cohort])
+            self._parts.schedule.visits_left = self._config.reuse
+        elif self._parts.data_ended and len(self._parts.queue) < self._config.trajectories_per_step:
             self._drained = True
-            self._evict_ready(list(self._queue.ready), DRAINED)
+            self._evict_ready(list(self._parts.queue.ready), DRAINED)
 
     def _visit(self, learner_version: int) -> SampledBatch:
-        members = [self._drafted[slot] for slot in self._cohort]
+        if self._spill is not None:
+            self._spill.recall(self._parts)
+        members = self._parts.drafted.cohort()
         now_s = self._clock()
-        infos = tuple(member.info(learner_version, self._config.max_staleness, now_s) for member in members)
+        infos = tuple(member.info(learner_version, self._config.sweep_bound, now_s) for member in members)
         for member in members:
             member.num_visits += 1
-        self._visits_left -= 1
-        self._last_visit_version = learner_version
-        self._next_version = learner_version + 1 + self._visits_left
+        self._parts.schedule.visit(learner_version)
         self._changed()
-        return collect(members, self._shelf, infos)
+        return collect(members, self._parts.shelf, infos)
 
     def _evict_ready(self, slots: Iterable[int], reason: str) -> None:
-        for slot in slots:
-            self._shelf.drop_row(self._queue.ready.pop(slot).payload_id)
-            self._ledger.evict(1, reason)
-
-    def _forget_dropped(self, slot: int) -> None:
-        self._dropped[slot] -= 1
-        if self._dropped[slot] == 0:
-            del self._dropped[slot]
+        self._parts.evict([self._parts.queue.ready.pop(slot) for slot in slots], reason)
 
     def _require(self, slots: Sequence[int], where: Iterable[int], verb: str, state: str) -> None:
         self._refuse_repeated(slots, verb)
@@ -268,7 +268,7 @@ class ReplayStore:
         if missing:
             raise LedgerError(
                 f"{verb} names {len(missing)} slots that are not {state} (first: {missing[:4]}; "
-                f"{self._queue.num_given} were given out): each slot ends once"
+                f"{self._parts.queue.num_given} were given out): each slot ends once"
             )
 
     def _refuse_repeated(self, slots: Sequence[int], verb: str) -> None:
@@ -276,8 +276,10 @@ class ReplayStore:
             raise LedgerError(f"{verb} names a slot twice among {len(slots)}: name each slot once")
 
     def _refuse_older(self, policy_version: int) -> None:
-        if policy_version < self._version:
-            raise StoreError(f"policy version {policy_version} is below the published {self._version}: never go back")
+        if policy_version < self._parts.schedule.version:
+            raise StoreError(
+                f"policy version {policy_version} is below the published {self._parts.schedule.version}: never go back"
+            )
 
     def _refuse_if_closed(self) -> None:
         if self._closed:

@@ -14,13 +14,13 @@ from hydra.core.global_hydra import GlobalHydra
 
 from opd_ray.actors.learner.group import LearnerGroup
 from opd_ray.actors.rollout import RolloutGroup
+from opd_ray.actors.store import store_config
 from opd_ray.actors.teacher import TeacherGroup
 from opd_ray.config import RunConfig
 from opd_ray.controller import Controller, Groups
 from opd_ray.data.source import PromptSource
 from opd_ray.main import conf_dir, to_run_config
 from opd_ray.placement import Share
-from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
 from opd_ray.sources import training_prompts
 
@@ -82,8 +82,7 @@ def train(cfg: RunConfig, engines: Engines, before: Hook | None = None, after: H
 async def _train(cfg: RunConfig, engines: Engines, before: Hook | None, after: Hook | None) -> RunRecord:
     record = RunRecord()
     store_class: Any = ray.remote(ReplayStore)
-    config = StoreConfig(cfg.trajectories_per_step, cfg.replay.reuse, cfg.replay.max_staleness, cfg.num_steps)
-    store = store_class.options(num_cpus=0, max_concurrency=100).remote(config)
+    store = store_class.options(num_cpus=0, max_concurrency=100).remote(store_config(cfg))
     learner = LearnerGroup.create(cfg, NO_SHARE, engines.student_path)
     groups = Groups(engines.rollout, engines.teacher, learner, store)
     source = PromptSource(training_prompts(cfg.data, cfg.seed), cfg.seed, cfg.data.epochs or None)

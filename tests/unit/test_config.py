@@ -89,9 +89,11 @@ LEAVES = list(leaves(RunConfig()))
 RANGED = [(key, item) for key, item in LEAVES if {"ge", "gt", "le"} & set(item.metadata)]
 
 
-@pytest.mark.parametrize("scale", ["tiny", "smollm2", "qwen3_1p7b"])
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_composes_at_every_scale(experiment: str, scale: str) -> None:
+COMPOSED = [(name, "tiny") for name in EXPERIMENTS] + [(name, s) for name in PAPER for s in ("smollm2", "qwen3_1p7b")]
+
+
+@pytest.mark.parametrize(("experiment", "scale"), COMPOSED)
+def test_every_experiment_composes_and_the_papers_at_every_scale(experiment: str, scale: str) -> None:
     cfg = composed(f"+experiment={experiment}", f"scale={scale}")
     objective, gate, others = EXPERIMENTS[experiment]
     assert (cfg.experiment, cfg.scale) == (experiment, scale)
@@ -214,6 +216,13 @@ MISFITS = {
     "+experiment=opd teacher.support=student_topk": "teacher.support=student_topk",
     "+experiment=lsm objective.mask_rules=[special_tokens,special_tokens]": "special_tokens",
     "+experiment=jsd teacher.top_k=1": "teacher.top_k=1",
+    "+experiment=lsm replay=overlap replay.order=freshest": "replay.order=freshest",
+    "+experiment=lsm replay=overlap replay.order=weighted": "replay.order=weighted",
+    "+experiment=lsm replay=drop replay.hard_staleness=5": "replay.hard_staleness=5",
+    "+experiment=lsm replay=gate replay.hard_staleness=2": "replay.hard_staleness=2",
+    "+experiment=lsm replay.stale=gate": "replay.hard_staleness=0",
+    "+experiment=lsm replay.max_bytes=-1": "replay.max_bytes=-1",
+    "+experiment=lsm replay.spill_bytes=-1": "replay.spill_bytes=-1",
     "+experiment=forward_kl_renormalized teacher.top_k=1": "teacher.top_k=1",
 }
 
@@ -235,6 +244,10 @@ ANNOUNCED = {
     "+experiment=opd objective.advantage=recompute": ["not clipped"],
     "+experiment=lsm_block64_shuffle": ["a control"],
     "+experiment=lsm_block64 replay.reuse=1": ["every trajectory is fresh"],
+    "+experiment=lsm replay=drop replay.order=weighted": [],
+    "+experiment=lsm replay=drop replay.max_staleness=0": ["in lock-step nothing is overtaken"],
+    "+experiment=lsm replay=gate": ["up to 8 steps old"],
+    "+experiment=lsm_block64 replay=gate": ["engine's log-probs"],
 }
 
 

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_ray.actors.learner.step_report import RankReport
+from opd_ray.actors.store import store_config
+from opd_ray.choices import ReplayOrder, StalePolicy
 from opd_ray.config import RunConfig
 from opd_ray.controller import Controller, Groups
 from opd_ray.data.source import PromptSource
 from opd_ray.errors import ActorError
 from opd_ray.replay.cohort import SampledBatch
-from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
 from opd_ray.types import BatchReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
 
@@ -134,9 +135,7 @@ def config(max_staleness: int, reuse: int, num_steps: int, num_engines: int) -> 
 
 
 async def run(cfg: RunConfig, world: World, num_prompts: int = 50, epochs: int | None = None) -> SimpleNamespace:
-    store = ReplayStore(
-        StoreConfig(cfg.trajectories_per_step, cfg.replay.reuse, cfg.replay.max_staleness, cfg.num_steps)
-    )
+    store = ReplayStore(store_config(cfg))
     group: Any = FakeGroup(world, cfg.rollout.num_engines)
     source = PromptSource([Prompt(id=str(i), problem="1+1=") for i in range(num_prompts)], 0, epochs)
     steps: list[Mapping[str, Any]] = []
@@ -169,6 +168,34 @@ def test_any_timing_keeps_the_bound_and_the_books(
     assert books["started"] == 6 * -(-num_steps // reuse)
     assert books["in_flight"] == 0 and books["started"] == books["trained"] + books["in_store"]
     assert world.engine_version == num_steps
+
+
+MODES = [
+    (ReplayOrder.fifo, StalePolicy.drop),
+    (ReplayOrder.freshest, StalePolicy.drop),
+    (ReplayOrder.weighted, StalePolicy.drop),
+    (ReplayOrder.fifo, StalePolicy.gate),
+    (ReplayOrder.freshest, StalePolicy.gate),
+    (ReplayOrder.weighted, StalePolicy.gate),
+]
+
+
+@given(st.sampled_from(MODES), st.integers(1, 3), st.integers(1, 2), st.integers(0, 12), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_every_order_keeps_its_bound_and_the_books(
+    mode: tuple[ReplayOrder, StalePolicy], max_staleness: int, reuse: int, max_delay: int, seed: int
+) -> None:
+    cfg = config(max_staleness, reuse, 8, 2)
+    cfg.replay.order, cfg.replay.stale = mode
+    cfg.replay.hard_staleness = max_staleness + 2 if mode[1] is StalePolicy.gate else 0
+    world = World(seed, max_delay)
+    done = asyncio.run(run(cfg, world))
+    bound = cfg.replay.hard_staleness or max_staleness
+    assert len(done.steps) == 8
+    assert all(info.staleness <= bound + info.visits - 1 for batch in world.batches for info in batch.infos)
+    books = done.ledger
+    evicted = sum(number for name, number in books.items() if name.startswith("evicted/"))
+    assert books["started"] == books["trained"] + evicted + books["in_store"] + books["in_flight"]
 
 
 @given(st.integers(1, 3), st.integers(0, 10**6))

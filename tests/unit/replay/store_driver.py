@@ -14,6 +14,9 @@ Result = TypeVar("Result")
 class Payload:
     """An opaque payload that weak references can watch."""
 
+    def __init__(self, data: bytes = b"") -> None:
+        self.data = data
+
 
 def receipt(slots: tuple[int, ...] | list[int], versions: dict[int, int] | int = 0) -> BatchReceipt:
     """A receipt whose rows are in the order of `slots`; `versions`: oldest token, by slot or for all."""

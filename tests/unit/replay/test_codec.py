@@ -120,6 +120,9 @@ def test_a_projection_has_only_its_columns() -> None:
     batch = decode(buffer, columns=["slot", "response_token_ids", "teacher_topk_ids"])
     assert batch.schema.names == ["slot", "response_token_ids", "teacher_topk_ids"]
     assert [view.shape for view in row_views(batch, "teacher_topk_ids")] == [(5, 3), (6, 3)]
+    for name in ("response_token_ids", "teacher_topk_ids"):
+        for view in row_views(batch, name):
+            assert 0 <= view.__array_interface__["data"][0] - buffer.address < buffer.size, "a copy was made"
     assert read_spec(batch.schema).top_k == 3
 
 

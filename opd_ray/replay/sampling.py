@@ -1,0 +1,43 @@
+"""Which ready slots become the next cohort, for every `ReplayOrder`."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+
+from opd_ray.choices import ReplayOrder
+from opd_ray.replay.queue import SlotQueue
+from opd_ray.replay.staleness import StoreConfig
+
+
+def next_cohort(queue: SlotQueue, config: StoreConfig, learner_version: int) -> list[int]:
+    """`trajectories_per_step` ready slots in order of slot number; none if they cannot be had yet.
+
+    It depends on what is ready, the versions and the seed alone, never on the order of arrival or the time.
+    """
+    size = config.trajectories_per_step
+    if not config.overtakes:
+        return queue.head(size)
+    if len(queue.ready) < size:
+        return []
+    keys = {
+        slot: sampling_key(slot, member.receipt.oldest_version, learner_version, config)
+        for slot, member in queue.ready.items()
+    }
+    return sorted(heapq.nsmallest(size, keys, key=lambda slot: (keys[slot], slot)))
+
+
+def sampling_key(slot: int, oldest_version: int, learner_version: int, config: StoreConfig) -> float:
+    """What ready slots are ordered by, the smallest first; ties go to the smaller slot number.
+
+    ``weighted`` is a race of exponential clocks with rate w = 1 / (1 + staleness): its first n are a weighted draw
+    without replacement (Efraimidis and Spirakis 2006, in the log domain). A slot's clock is seeded by the run's seed,
+    the learner version and its number, so that it needs no state and every cohort is a new draw.
+    """
+    if config.order is ReplayOrder.fifo:
+        return slot
+    if config.order is ReplayOrder.freshest:
+        return -oldest_version
+    uniform = random.Random(f"{config.seed}/{learner_version}/{slot}").random()
+    return -math.log1p(-uniform) * (1 + learner_version - oldest_version)
