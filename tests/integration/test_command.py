@@ -34,8 +34,20 @@ def start(*args: str) -> subprocess.Popen[str]:
     # Ray of the other tests must not be found and joined.
     env.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_heed_sigint,
     )
+
+
+def _heed_sigint() -> None:
+    """A shell starts its background jobs deaf to Ctrl-C, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
