@@ -87,6 +87,11 @@ class SampleInfo:
     num_prompt_tokens: int
     num_response_tokens: int
 
+    @property
+    def is_fresh(self) -> bool:
+        """First visit at staleness 0, where drift is zero by definition."""
+        return self.visits == 1 and self.staleness == 0
+
 
 @dataclass(frozen=True, slots=True)
 class WeightsReceipt:

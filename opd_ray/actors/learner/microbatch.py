@@ -43,7 +43,7 @@ class Microbatch:
     @property
     def fresh(self) -> tuple[bool, ...]:
         """For each trajectory: first visit at staleness 0, where drift is zero by definition."""
-        return tuple(info.visits == 1 and info.staleness == 0 for info in self.infos)
+        return tuple(info.is_fresh for info in self.infos)
 
     @property
     def fresh_rows(self) -> Tensor:

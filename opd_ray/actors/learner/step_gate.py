@@ -53,19 +53,22 @@ class Weighed:
 
 @dataclass(frozen=True, slots=True)
 class _Segments:
-    """Segments with valid tokens of one trajectory, on the CPU: `member` is its place in the step's batch."""
+    """One value for each segment with valid tokens of a trajectory, on the CPU.
+
+    `member` is the trajectory's place in the step's batch; the value is a log-gate, or |drift| in nats.
+    """
 
     member: int
-    log_gate: Tensor  # [S] float64
+    values: Tensor  # [S] float64
     num_tokens: Tensor  # [S] int64
 
 
 @dataclass(slots=True)
 class _Seen:
-    """|drift| and valid tokens of the segments that a rank measured in a step, with their trajectory's place."""
+    """|drift| of the segments that a rank measured in a step, and the engine mismatch of fresh ones."""
 
-    drift: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
-    mismatch: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    drift: list[_Segments] = field(default_factory=list)
+    mismatch: list[_Segments] = field(default_factory=list)
 
 
 class StepGate:
@@ -122,16 +125,19 @@ class StepGate:
 
         Every rank must call it. Independent of how trajectories are spread over ranks and microbatches.
         """
-        mine = [entry for draft in drafts if draft for entry in _used_segments(draft[0], draft[1].gate)]
-        everyone = sorted(_gathered(mine), key=lambda entry: entry.member)
-        weights = self._planned(everyone, policy_version)
+        mine = [
+            entry
+            for batch, weighed in filter(None, drafts)
+            for entry in _used_segments(batch, weighed.gate, weighed.gate.segment_log_gate)
+        ]
+        weights = self._planned(_gathered(mine), policy_version)
         return [None if draft is None else _with_weights(*draft, weights) for draft in drafts]
 
     def _planned(self, entries: Sequence[_Segments], policy_version: int) -> dict[int, Tensor]:
         """Weights [S] of each trajectory's used segments."""
         cfg = self._cfg
         sizes = [len(entry.num_tokens) for entry in entries]
-        log_gate = torch.cat([entry.log_gate for entry in entries])
+        log_gate = torch.cat([entry.values for entry in entries])
         num_tokens = torch.cat([entry.num_tokens for entry in entries])
         seed = self._seed * 1_000_003 + policy_version
         if cfg.control is GateControl.shuffle:
@@ -174,11 +180,8 @@ class StepGate:
     def _remember_drift(self, batch: Microbatch, gate: GateResult, measured: Sequence[bool]) -> None:
         if self._cfg.tau_mode is not TauMode.quantile:
             return
-        for row, member in enumerate(batch.members):
-            if measured[row]:
-                used = gate.segment_tokens[row] > 0
-                drift = gate.segment_drift[row][used].abs().double().cpu()
-                self._seen.drift.append((member, drift, gate.segment_tokens[row][used].cpu()))
+        entries = _used_segments(batch, gate, gate.segment_drift.abs())
+        self._seen.drift += [entry for entry, is_measured in zip(entries, measured, strict=True) if is_measured]
 
     def _remember_mismatch(self, batch: Microbatch, current: Tensor, segments: Tensor) -> None:
         """What the gate would take for drift where learner and engine hold the same weights."""
@@ -194,17 +197,15 @@ class StepGate:
             statistic=self._cfg.statistic.name,  # type: ignore[arg-type]
             normalize="none",
         )
-        for row, member in enumerate(batch.members):
-            used = gate.segment_tokens[row] > 0
-            drift = gate.segment_drift[row][used].abs().double().cpu()
-            self._seen.mismatch.append((member, drift, gate.segment_tokens[row][used].cpu()))
+        self._seen.mismatch += _used_segments(batch, gate, gate.segment_drift.abs())
 
 
-def _used_segments(batch: Microbatch, gate: GateResult) -> list[_Segments]:
-    used = (gate.segment_tokens > 0).cpu()
-    log_gate, tokens = gate.segment_log_gate.cpu(), gate.segment_tokens.cpu()
+def _used_segments(batch: Microbatch, gate: GateResult, values: Tensor) -> list[_Segments]:
+    """The `values` [B, S] of each trajectory's segments that have valid tokens."""
+    values, tokens = values.double().cpu(), gate.segment_tokens.cpu()
+    used = tokens > 0
     return [
-        _Segments(member, log_gate[row][used[row]], tokens[row][used[row]]) for row, member in enumerate(batch.members)
+        _Segments(member, values[row][used[row]], tokens[row][used[row]]) for row, member in enumerate(batch.members)
     ]
 
 
@@ -216,20 +217,20 @@ def _with_weights(batch: Microbatch, weighed: Weighed, weights: dict[int, Tensor
         table[row, gate.segment_tokens[row] > 0] = weights[member].to(table)
     by_token = table.gather(1, weighed.segments.clamp(min=0))
     token_weights = torch.where(batch.to_rows(batch.valid), by_token, 0.0)
-    planned = replace(gate, token_weights=token_weights)
-    return Weighed(planned, weighed.segments, weighed.measured, weighed.sampling_error)
+    return replace(weighed, gate=replace(gate, token_weights=token_weights))
 
 
 def _gathered(mine: list[_Segments]) -> list[_Segments]:
+    """The entries of all ranks, in the order of the step's batch."""
     parts: list[list[_Segments]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, mine)
-    return [entry for part in parts for entry in part]
+    return sorted((entry for part in parts for entry in part), key=lambda entry: entry.member)
 
 
-def _update(memory: RunningQuantile, mine: list[tuple[int, Tensor, Tensor]]) -> None:
-    """Take the values of all ranks into `memory`, in the order of the step's batch."""
-    parts: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, mine)
-    everyone = sorted((entry for part in parts for entry in part), key=lambda entry: entry[0])
+def _update(memory: RunningQuantile, mine: list[_Segments]) -> None:
+    """Take the values of all ranks into `memory`."""
+    everyone = _gathered(mine)
     if everyone:
-        memory.update(torch.cat([drift for _, drift, _ in everyone]), torch.cat([tokens for _, _, tokens in everyone]))
+        memory.update(
+            torch.cat([entry.values for entry in everyone]), torch.cat([entry.num_tokens for entry in everyone])
+        )

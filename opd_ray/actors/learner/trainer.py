@@ -119,7 +119,7 @@ class Trainer:
 
         Placeholders take part, because under ZeRO 3 a forward pass is a collective; `micros` get their final `valid`.
         """
-        if not self._gate.needs_plan([info.visits == 1 and info.staleness == 0 for info in batch.infos]):
+        if not self._gate.needs_plan([info.is_fresh for info in batch.infos]):
             return [None] * len(micros)
         drafts: list[tuple[Microbatch, Weighed] | None] = []
         with record.timed("plan"), torch.no_grad():
