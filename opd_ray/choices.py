@@ -19,6 +19,18 @@ class ObjectiveKind(Enum):
     jsd = "jsd"
 
 
+class OnNewWeights(Enum):
+    """What becomes of an engine's running requests when new weights arrive.
+
+    `partial`: they go on with the new weights, and each token says which version made it; `finish`: they end with the
+    old weights first; `abort`: they are thrown away and sampled again from the start with the new weights.
+    """
+
+    partial = "partial"
+    finish = "finish"
+    abort = "abort"
+
+
 class Support(Enum):
     """Whose K most probable ids the loss looks at: the teacher's, or the sampling student's."""
 

@@ -24,6 +24,7 @@ from opd_ray.choices import (
     LrSchedule,
     MaskRule,
     ObjectiveKind,
+    OnNewWeights,
     Overlong,
     ReplayOrder,
     StalePolicy,
@@ -106,6 +107,7 @@ class RolloutConfig:
     max_num_seqs: int = ranged(128, "sequences that an engine decodes at once", ge=1)
     kv_cache_gib: int = ranged(1, "KV cache of an engine on CPU, GiB", ge=1)
     gpu_memory_utilization: float = ranged(0.6, "share of a GPU that an engine may take", gt=0, le=1)
+    on_new_weights: OnNewWeights = documented(OnNewWeights.partial, "what becomes of running requests")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -208,6 +210,22 @@ class EvaluationConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """What a run leaves behind to go on from."""
+
+    every: int = ranged(0, "optimizer steps between checkpoints, 0 = none", ge=0)
+    keep: int = ranged(1, "newest checkpoints that are kept", ge=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class FaultConfig:
+    """How much is put up with before the run ends."""
+
+    max_restarts: int = ranged(3, "dead workers of a group that are replaced in a run; 0 = none", ge=0)
+    max_attempts: int = ranged(3, "times that a request is tried before its slots count as failed", ge=1)
+
+
+@dataclass(kw_only=True, slots=True)
 class TelemetryConfig:
     """Where a run can be watched."""
 
@@ -229,6 +247,7 @@ class RunConfig:
     seed: int = ranged(0, "seed of sampling, prompt order and evaluation", ge=0)
     num_steps: int = ranged(100, "optimizer steps", ge=1)
     runs_dir: str = documented("runs", "folder in which the run folder is made")
+    resume: str = documented("auto", "`auto`: this config's last run if it was cut off; `never`; or a run folder")
     deadline_s: float = ranged(1800.0, "longest wait for one remote call, seconds", gt=0)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -239,6 +258,8 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     @property

@@ -54,6 +54,14 @@ class StoreClosedError(StoreError):
     """The replay store takes no more requests: it was closed, or its data have ended."""
 
 
+class SnapshotError(OpdError, ValueError):
+    """A snapshot of the replay store is missing, damaged, or of another run or version."""
+
+
+class CheckpointError(OpdError, ValueError):
+    """A checkpoint cannot be written, or the one to resume from is missing, damaged, or of another run or version."""
+
+
 class WeightSyncError(OpdError, RuntimeError):
     """A rollout engine did not take over the published weights: version or checksum differ."""
 
@@ -64,3 +72,11 @@ class DivergedError(OpdError, RuntimeError):
 
 class ActorError(OpdError, RuntimeError):
     """An actor died, failed or missed its deadline."""
+
+
+class ActorDiedError(ActorError):
+    """An actor's process ended; a new one can take its place."""
+
+
+class DeadlineError(ActorError):
+    """An actor gave no answer in time: it hangs, or the deadline is too short for its work."""

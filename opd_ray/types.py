@@ -103,6 +103,22 @@ class WeightsReceipt:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadReceipt:
+    """An engine's answer to hop 12: `policy_version` and `checksum` are those of the weights that it now has.
+
+    `standstill_s` is how long its decoding stood still for them; `num_aborted_tokens` counts response tokens that were
+    thrown away and are sampled again (``rollout.on_new_weights=abort``).
+    """
+
+    worker: str
+    policy_version: int
+    checksum: str
+    num_bytes: int
+    standstill_s: float
+    num_aborted_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Histogram:
     """A metric that is no single number: `counts` [N] of the values in the bins between rising `edges` [N + 1]."""
 

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from opd_ray.checkpoint import committed_folder
-from opd_ray.errors import OpdError, StoreError
+from opd_ray.errors import SnapshotError, StoreError
 from opd_ray.replay.cohort import StoredTrajectory
 from opd_ray.replay.ledger import Ledger
 from opd_ray.replay.lengths import LengthReport
@@ -34,10 +34,6 @@ from opd_ray.types import TrajectoryReceipt
 
 FORMAT = 1
 INDEX = "index.json"
-
-
-class SnapshotError(OpdError, ValueError):
-    """A snapshot of the replay store is missing, damaged, or of another run or version."""
 
 
 @dataclass(frozen=True, slots=True)

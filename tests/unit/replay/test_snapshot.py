@@ -15,7 +15,7 @@ from opd_ray.choices import ReplayOrder, StalePolicy
 from opd_ray.errors import LedgerError, StoreError
 from opd_ray.replay.codec import decode
 from opd_ray.replay.schema import BatchSpec
-from opd_ray.replay.snapshot import INDEX, SnapshotError
+from opd_ray.replay.snapshot import INDEX
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
 from tests.unit.replay.batches import FINGERPRINT, scored_buffer
