@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from opd_ray.choices import ReplayOrder, StalePolicy
-from opd_ray.errors import LedgerError, StoreError
+from opd_ray.errors import LedgerError, SnapshotError, StoreError
 from opd_ray.replay.codec import decode
 from opd_ray.replay.schema import BatchSpec
 from opd_ray.replay.snapshot import INDEX
