@@ -266,3 +266,8 @@ class RunConfig:
     def trajectories_per_step(self) -> int:
         """Trajectories that one optimizer step uses."""
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+
+    @property
+    def run_name(self) -> str:
+        """Start of the run folder's name."""
+        return f"{self.experiment}-{self.scale}-s{self.seed}"

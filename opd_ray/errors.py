@@ -78,5 +78,9 @@ class ActorDiedError(ActorError):
     """An actor's process ended; a new one can take its place."""
 
 
+class LearnerLostError(ActorDiedError):
+    """A learner rank died: the group goes on from the last checkpoint, and everything after it is lost."""
+
+
 class DeadlineError(ActorError):
     """An actor gave no answer in time: it hangs, or the deadline is too short for its work."""

@@ -3,6 +3,7 @@
 ::
 
     runs/lsm_block64-tiny-s0-20260131-120000/
+        .lock           locked by the process that runs it
         status.json     {"status": "running", "finished", "interrupted" or "failed", "error": null or a line}
         summary.json    of a run that came to its end
     runs/latest         relative link to the run folder that finished last
@@ -11,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import math
@@ -28,6 +30,7 @@ Status = Literal["running", "finished", "interrupted", "failed"]
 """What became of a run."""
 
 LATEST = "latest"
+LOCK_FILE = ".lock"
 STATUS_FILE = "status.json"
 SUMMARY_FILE = "summary.json"
 
@@ -36,10 +39,11 @@ _T = TypeVar("_T")
 
 
 class RunFolder:
-    """The folder of one run; `create` makes it, `path` is where it lies (absolute)."""
+    """The folder of one run; `create` makes it, `reopen` goes on with it, `path` is where it lies (absolute)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock_fd: int | None = None
 
     @classmethod
     def create(cls, runs_dir: str | Path, name: str) -> RunFolder:
@@ -52,23 +56,76 @@ class RunFolder:
             RunFolderError: the folder cannot be made or written; whatever was made of it is removed again.
         """
         parent = Path(runs_dir).expanduser().absolute()
-        stem = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{time.strftime('%Y%m%d-%H%M%S')}"
+        stem = f"{_stem(name)}-{time.strftime('%Y%m%d-%H%M%S')}"
         made: list[Path] = []
         try:
             _make_parents(parent, made)
             path = _make_unique(parent, stem)
             made.append(path)
             folder = cls(path)
+            folder._lock()
             folder.mark("running")
         except OSError as error:
             for path in reversed(made):
                 with contextlib.suppress(OSError):
+                    (path / LOCK_FILE).unlink(missing_ok=True)
                     path.rmdir()
             raise RunFolderError(
                 f"runs_dir={str(runs_dir)!r}: cannot make a run folder in {parent}: {_reason(error)}; "
                 "choose another place with runs_dir=FOLDER"
             ) from None
         return folder
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """Go on with the folder of a run that was cut off; its status is "running" again.
+
+        Raises:
+            RunFolderError: another process runs it, or it cannot be written.
+        """
+        folder = cls(path.absolute())
+        try:
+            folder._lock()
+        except BlockingIOError:
+            raise RunFolderError(f"{path} is run by another process: wait for its end, or set resume=never") from None
+        except OSError as error:
+            raise RunFolderError(f"cannot write {path}: {_reason(error)}; set resume=never") from None
+        folder.mark("running")
+        return folder
+
+    def _lock(self) -> None:
+        fd = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            raise
+        self._lock_fd = fd
+
+    def close(self) -> None:
+        """Let others go on with the folder; closing twice does no harm."""
+        fd, self._lock_fd = self._lock_fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def is_in_use(self) -> bool:
+        """Whether a process runs it now."""
+        try:
+            self._lock()
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        self.close()
+        return False
+
+    def is_finished(self) -> bool:
+        """Whether the run came to its end."""
+        try:
+            status = json.loads((self.path / STATUS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(status, dict) and status.get("status") == "finished"
 
     def write_text(self, name: str, text: str) -> Path:
         """Write the file `name` (no folders in it) of the run folder, whole or not at all, in UTF-8.
@@ -123,6 +180,20 @@ class RunFolder:
             _by_temporary(link.parent, LATEST, link_and_replace)
         except OSError as error:
             _log.warning("%s does not name this run: %s", link, _reason(error))
+
+
+def run_folders(runs_dir: str | Path, name: str) -> list[Path]:
+    """Folders that `RunFolder.create` made for `name`, the newest first."""
+    pattern = re.compile(rf"{re.escape(_stem(name))}-(\d{{8}}-\d{{6}})(?:-(\d+))?")
+    found = []
+    for path in Path(runs_dir).expanduser().absolute().glob(f"{_stem(name)}-*"):
+        if (match := pattern.fullmatch(path.name)) and path.is_dir():
+            found.append((match[1], int(match[2] or 1), path))
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)
 
 
 def _make_parents(folder: Path, made: list[Path]) -> None:

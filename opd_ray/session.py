@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,22 @@ from opd_ray.actors.group import WorkerGroup, remote_result, worker_env
 from opd_ray.actors.learner.group import LearnerGroup
 from opd_ray.actors.preflight import PreflightReport, PreflightSpec, preflight
 from opd_ray.actors.rollout import RolloutGroup
-from opd_ray.actors.store import start_store
+from opd_ray.actors.store import StoreClient
 from opd_ray.actors.teacher import TeacherGroup
 from opd_ray.config import RunConfig
 from opd_ray.config_checks import announcements
-from opd_ray.controller import Controller, Groups, evaluate, evaluation_metrics
+from opd_ray.controller import Controller, Groups, Outputs, evaluate, evaluation_metrics
 from opd_ray.data.source import PromptSource
 from opd_ray.errors import ActorError, OpdError
-from opd_ray.evaluation.scoring import EvaluationResult
 from opd_ray.placement import ResourcePlan, Share, plan_resources
 from opd_ray.report.table import results_table
+from opd_ray.resume import checkpoint_to_resume
+from opd_ray.run_checkpoint import Checkpoint, Checkpoints
 from opd_ray.run_folder import RunFolder
+from opd_ray.run_outputs import RunOutputs
 from opd_ray.sources import evaluation_problems, model_path, training_prompts
-from opd_ray.telemetry.metrics import MetricsWriter
 from opd_ray.telemetry.progress import Progress
-from opd_ray.telemetry.sinks import Sinks, WandbSink
-from opd_ray.types import Histogram, Prompt
+from opd_ray.types import Prompt
 
 TEACHER_ENGINE_ROLE = "teacher-engine"
 STOP_S = 5.0
@@ -45,16 +45,11 @@ logger = logging.getLogger("opd_ray")
 
 @dataclass(slots=True)
 class Evaluations:
-    """Results by moment; None where there was none."""
+    """`EvaluationResult.as_dict` by moment; None where there was none."""
 
-    before: EvaluationResult | None = None
-    after: EvaluationResult | None = None
-    teacher: EvaluationResult | None = None
-
-    def as_dict(self) -> dict[str, dict[str, float] | None]:
-        """For the summary."""
-        results = {"before": self.before, "after": self.after, "teacher": self.teacher}
-        return {name: None if result is None else result.as_dict() for name, result in results.items()}
+    before: dict[str, float] | None = None
+    after: dict[str, float] | None = None
+    teacher: dict[str, float] | None = None
 
 
 def run_session(cfg: RunConfig, config_yaml: str, config_values: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,14 +59,22 @@ def run_session(cfg: RunConfig, config_yaml: str, config_values: Mapping[str, An
     """
     prompts = training_prompts(cfg.data, cfg.seed)
     problems = evaluation_problems(cfg)
-    folder = RunFolder.create(cfg.runs_dir, f"{cfg.experiment}-{cfg.scale}-s{cfg.seed}")
+    checkpoint = checkpoint_to_resume(cfg, config_values)
+    if checkpoint is None:
+        folder = RunFolder.create(cfg.runs_dir, cfg.run_name)
+    else:
+        folder = RunFolder.reopen(checkpoint.folder.parents[1])
+        sys.stderr.write(
+            f"opd_ray: note: going on with {_shown(folder.path)} from step {checkpoint.policy_version} "
+            "(resume=never starts a new run)\n"
+        )
     for text in announcements(cfg):
         sys.stderr.write(f"opd_ray: note: {text}\n")
     log_file = logging.FileHandler(folder.path / "run.log")
     log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(log_file)
     owns_ray = not ray.is_initialized()
-    session = Session(cfg, folder, config_values)
+    session = Session(cfg, folder, config_values, checkpoint)
     try:
         folder.write_text("config.yaml", config_yaml)
         return _run_interruptible(session.run(prompts, problems))
@@ -81,6 +84,7 @@ def run_session(cfg: RunConfig, config_yaml: str, config_values: Mapping[str, An
     finally:
         logger.removeHandler(log_file)
         log_file.close()
+        folder.close()
         if owns_ray and ray.is_initialized():
             ray.shutdown()
 
@@ -107,17 +111,21 @@ class Session:
     cfg: RunConfig
     folder: RunFolder
     config_values: Mapping[str, Any]
+    checkpoint: Checkpoint | None = None
     started: float = field(default_factory=time.monotonic)
     evaluations: Evaluations = field(default_factory=Evaluations)
     is_training: bool = False
     _groups: list[WorkerGroup] = field(default_factory=list)
-    _store: Any = None
-    _sinks: Sinks | None = None
+    _store: StoreClient | None = None
+    _outputs: RunOutputs | None = None
+    _start_notes: dict[str, int] = field(default_factory=dict)
     _progress: Progress | None = None
     _dashboard: str = ""
 
     async def run(self, prompts: list[Prompt], problems: list[Prompt]) -> dict[str, Any]:
         """All phases; returns the summary."""
+        if self.checkpoint is not None:
+            self.evaluations = Evaluations(**self.checkpoint.notes["evaluations"])
         with Progress(self.cfg.num_steps, sys.stderr, self.cfg.telemetry.progress) as self._progress:
             try:
                 self._progress.phase("starting Ray")
@@ -156,33 +164,58 @@ class Session:
     ) -> Controller:
         """Start all actors, and evaluate teacher and student."""
         cfg = self.cfg
-        engine = self._create_teacher_engine(plan) if problems and cfg.evaluation.teacher else None
+        wants_teacher = problems and cfg.evaluation.teacher and self.evaluations.teacher is None
+        engine = self._create_teacher_engine(plan) if wants_teacher else None
         if engine is not None and plan.rollout.gpus:
             # The groups will need its GPU; on CPU it starts beside them, which is faster.
             await self._evaluate_teacher(engine, problems)
         self._phase(f"starting engines, teacher and learner{self._dashboard}")
         groups = self._create_groups(plan, report)
         await asyncio.gather(*(group.ready() for group in self._groups))
-        self._open_sinks()
         if engine is not None and not plan.rollout.gpus:
             await self._evaluate_teacher(engine, problems)
-        if problems:
+        outputs = self._open_outputs()
+        if problems and self.evaluations.before is None:
             self._phase("evaluating the student before training")
-            self.evaluations.before = await evaluate(cfg, groups.rollout, problems)
-            self._log_metrics(0, evaluation_metrics(self.evaluations.before))
-        return Controller(cfg, groups, source, problems, self._log_metrics)
+            before = await evaluate(cfg, groups.rollout, problems)
+            self.evaluations.before = before.as_dict()
+            outputs.log(0, evaluation_metrics(before))
+        self._start_notes = outputs.notes()
+        checkpoints = Checkpoints(
+            self.folder.path, cfg.checkpoint.every, cfg.checkpoint.keep, self.config_values, self._notes
+        )
+        return Controller(cfg, groups, source, problems, Outputs(outputs.step_done, self._go_back_to, checkpoints))
+
+    def _open_outputs(self) -> RunOutputs:
+        if self._progress is None:
+            raise RuntimeError("the session is not running: call run")
+        self._outputs = RunOutputs(self.cfg.telemetry, self.folder, self.config_values, self._progress)
+        if self.checkpoint is not None:
+            self._go_back_to(self.checkpoint)
+        return self._outputs
+
+    def _notes(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the session."""
+        files = {} if self._outputs is None else self._outputs.notes()
+        return files | {"evaluations": asdict(self.evaluations)}
+
+    def _go_back_to(self, checkpoint: Checkpoint | None) -> None:
+        """Drop what was written since a checkpoint (None: since the start of training)."""
+        if self._outputs is not None:
+            notes = self._start_notes if checkpoint is None else checkpoint.notes
+            self._outputs.go_back_to(notes, 0 if checkpoint is None else checkpoint.policy_version)
 
     async def _evaluate_teacher(self, engine: RolloutGroup, problems: list[Prompt]) -> None:
         self._phase("evaluating the teacher")
         await engine.ready()
-        self.evaluations.teacher = await evaluate(self.cfg, engine, problems)
+        self.evaluations.teacher = (await evaluate(self.cfg, engine, problems)).as_dict()
         engine.shutdown()
         self._groups.remove(engine)
 
     def _create_groups(self, plan: ResourcePlan, report: PreflightReport) -> Groups:
         cfg = self.cfg
         student, teacher = model_path(cfg.student.path), model_path(cfg.teacher.path)
-        self._store = start_store(cfg)
+        self._store = StoreClient(cfg)
         learner = LearnerGroup.create(cfg, plan.learner, student)
         rollout = RolloutGroup.create(cfg, plan.rollout, [student] * cfg.rollout.num_engines)
         scoring = TeacherGroup.create(cfg, plan.teacher, report.vocab_size, report.tokenizer_fingerprint, teacher)
@@ -200,13 +233,15 @@ class Session:
         self.is_training = True
         self._phase("training")
         try:
-            await controller.train()
+            await controller.train(self.checkpoint)
         finally:
             await self._write_ledger(controller)
         if problems:
             self._phase("evaluating the student after training")
-            self.evaluations.after = await evaluate(self.cfg, controller.rollout, problems)
-            self._log_metrics(controller.totals.steps, evaluation_metrics(self.evaluations.after))
+            after = await evaluate(self.cfg, controller.rollout, problems)
+            self.evaluations.after = after.as_dict()
+            if self._outputs is not None:
+                self._outputs.log(controller.totals.steps, evaluation_metrics(after))
         self._phase("saving the student")
         await controller.save_student(self.folder.path / "student")
 
@@ -227,7 +262,7 @@ class Session:
             "wall_s": time.monotonic() - self.started,
             "training_s": totals.wall_s,
             "tokens_per_s": totals.trained_tokens / totals.wall_s if totals.wall_s else 0.0,
-            "eval": self.evaluations.as_dict(),
+            "eval": asdict(self.evaluations),
             "ledger": await controller.ledger(),
         }
 
@@ -235,23 +270,6 @@ class Session:
         logger.info(text)
         if self._progress is not None:
             self._progress.phase(text)
-
-    def _open_sinks(self) -> None:
-        telemetry = self.cfg.telemetry
-        wandb = WandbSink(
-            telemetry.wandb,
-            telemetry.wandb_project,
-            self.folder.path.name,
-            self.config_values,
-            self.folder.path,
-        )
-        self._sinks = Sinks([MetricsWriter(self.folder.path), wandb])
-
-    def _log_metrics(self, step: int, metrics: Mapping[str, float | Histogram]) -> None:
-        if self._sinks is not None:
-            self._sinks.log(step, metrics)
-        if self._progress is not None:
-            self._progress.update(step, metrics)
 
     async def _stop(self) -> None:
         """End every actor; engines are asked first, as their interpreter can hang at its exit."""
@@ -264,13 +282,13 @@ class Session:
         for group in self._groups:
             group.shutdown()
         if self._store is not None:
-            ray.kill(self._store)
-        if self._sinks is not None:
-            self._sinks.close()
+            self._store.shutdown()
+        if self._outputs is not None:
+            self._outputs.close()
 
     def note_failure(self, error: BaseException) -> None:
         """Leave a consistent run folder; none if training had not begun, unless its log holds an actor's traceback."""
-        if not self.is_training and not isinstance(error, ActorError):
+        if not self.is_training and self.checkpoint is None and not isinstance(error, ActorError):
             shutil.rmtree(self.folder.path, ignore_errors=True)
             return
         interrupted = isinstance(error, (KeyboardInterrupt, asyncio.CancelledError))
@@ -278,7 +296,7 @@ class Session:
         self.folder.mark("interrupted" if interrupted else "failed", None if interrupted else str(error))
 
     def _closing_words(self) -> str:
-        table = results_table(**self.evaluations.as_dict())
+        table = results_table(**asdict(self.evaluations))
         folder, latest = self.folder.path, _shown(self.folder.path.parent / "latest")
         python = _shown(Path(sys.executable))
         return (

@@ -36,6 +36,10 @@ class RolloutRequest:
     slots: tuple[int, ...]
     num_samples: int
 
+    def prompt_of(self, place: int) -> Prompt:
+        """The prompt of ``slots[place]``."""
+        return self.prompts[place // self.num_samples]
+
 
 @dataclass(frozen=True, slots=True)
 class TrajectoryReceipt:

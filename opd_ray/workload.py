@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ class _Worker:
     num_calls: int = 0
     since: float = 0.0
     busy_s: float = 0.0
+    is_suspended: bool = False
 
 
 class GroupLoad:
@@ -24,13 +26,32 @@ class GroupLoad:
     def __init__(self, num_workers: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._workers = [_Worker() for _ in range(num_workers)]
+        self._resumed = asyncio.Event()
         self._looked_at = clock()
         self._call_s = 0.0
         self._tokens = 0
 
     def least_loaded(self) -> int:
-        """The worker with the least outstanding cost; the first of them."""
-        return min(range(len(self._workers)), key=lambda index: self._workers[index].outstanding)
+        """The worker with the least outstanding cost, the first of them; a suspended one only where all are."""
+        workers = self._workers
+        return min(range(len(workers)), key=lambda index: (workers[index].is_suspended, workers[index].outstanding))
+
+    def suspend(self, worker: int) -> bool:
+        """Give `worker` no more work; False if it has none already."""
+        was_suspended = self._workers[worker].is_suspended
+        self._workers[worker].is_suspended = True
+        return not was_suspended
+
+    def resume(self, worker: int) -> None:
+        """Give `worker` work again."""
+        self._workers[worker].is_suspended = False
+        self._resumed.set()
+        self._resumed = asyncio.Event()
+
+    async def wait_for_worker(self) -> None:
+        """Wait until some worker is not suspended."""
+        while all(worker.is_suspended for worker in self._workers):
+            await self._resumed.wait()
 
     def begin(self, worker: int, cost: int) -> None:
         """A call of `worker` is open; `cost` is in whatever unit the group's calls are compared by."""

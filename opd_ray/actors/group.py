@@ -6,12 +6,13 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from opd_ray.errors import ActorError, OpdError
+from opd_ray.errors import ActorDiedError, ActorError, DeadlineError, OpdError
 from opd_ray.placement import Share
 
 logger = logging.getLogger(__name__)
@@ -47,26 +48,54 @@ def worker_env(share: Share) -> dict[str, str]:
     return env | {name: os.environ[name] for name in _INHERITED if name in os.environ}
 
 
-class WorkerGroup:
-    """Some equal actors; owns their handles and ends them. `role` is what errors and the dashboard call them."""
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """How a group's actors are made; `args` has one tuple of constructor arguments for each."""
 
-    def __init__(self, role: str, deadline_s: float) -> None:
+    worker_class: type
+    args: tuple[tuple[Any, ...], ...]
+    options: dict[str, Any]
+
+
+class WorkerGroup:
+    """Some equal actors; owns their handles, replaces the dead, and ends them.
+
+    `role` is what errors and the dashboard call them; at most `max_restarts` actors are replaced in a run.
+    """
+
+    def __init__(self, role: str, deadline_s: float, max_restarts: int = 0) -> None:
         self.role = role
         self.deadline_s = deadline_s
+        self.num_restarts = 0
         self.workers: list[Any] = []
+        self._max_restarts = max_restarts
+        self._recipe: _Recipe | None = None
+        self._locks: list[asyncio.Lock] = []
 
     def start(self, worker_class: type, share: Share, args: Sequence[tuple[Any, ...]], env: dict[str, str]) -> None:
         """Create one actor for each tuple of constructor arguments, named ``<role>-<index>``; returns at once."""
-        actor_class: Any = ray.remote(worker_class)
-        for index, worker_args in enumerate(args):
-            options = {
-                "name": f"{self.role}-{index}",
-                "num_cpus": share.ray_cpus,
-                "num_gpus": share.gpus,
-                "runtime_env": {"env_vars": worker_env(share) | env},
-                "max_restarts": 0,
-            }
-            self.workers.append(actor_class.options(**options).remote(*worker_args))
+        options = {
+            "num_cpus": share.ray_cpus,
+            "num_gpus": share.gpus,
+            "runtime_env": {"env_vars": worker_env(share) | env},
+            "max_restarts": 0,
+        }
+        self._recipe = _Recipe(ray.remote(worker_class), tuple(args), options)
+        self._spawn_all(len(args))
+
+    def _spawn_all(self, num_workers: int) -> None:
+        self.workers = [self._spawn(index) for index in range(num_workers)]
+        self._locks = [asyncio.Lock() for _ in self.workers]
+
+    def _spawn(self, index: int) -> Any:
+        if self._recipe is None:
+            raise RuntimeError(f"the group {self.role} was not started: call start first")
+        name = f"{self.role}-{index}"
+        if self.num_restarts:
+            # The dead actor's name may not be free yet.
+            name += f"-restart-{self.num_restarts}"
+        actor_class: Any = self._recipe.worker_class
+        return actor_class.options(name=name, **self._recipe.options).remote(*self._recipe.args[index])
 
     async def ready(self) -> None:
         """Wait until every actor has been constructed."""
@@ -82,6 +111,50 @@ class WorkerGroup:
         """The value of one call's reference; an error becomes an `OpdError` that names the actor."""
         return await remote_result(ref, f"{self.role}-{index}", self.deadline_s)
 
+    def lock(self, index: int) -> asyncio.Lock:
+        """Held by whoever replaces a worker, or changes what it serves with."""
+        return self._locks[index]
+
+    async def revive(self, index: int, dead: Any, error: ActorDiedError) -> None:
+        """Put a new actor in the place of `dead`, whose death is `error`, once it is prepared to serve.
+
+        Returns at once if that has been done already; raises `error` when the group's restarts are used up.
+        """
+        async with self.lock(index):
+            while self.workers[index] is dead:
+                self._count_restart(error)
+                self._kill(dead)
+                worker = self._spawn(index)
+                try:
+                    await self.result(worker.ping.remote(), index)
+                    await self.prepare(worker, index)
+                except ActorDiedError as again:
+                    error, dead, self.workers[index] = again, worker, worker
+                except BaseException:
+                    self._kill(worker)
+                    raise
+                else:
+                    self.workers[index] = worker
+
+    def _count_restart(self, error: ActorDiedError) -> None:
+        if self.num_restarts >= self._max_restarts:
+            raise ActorDiedError(
+                f"{error}; {self.num_restarts} of group {self.role} were replaced before, faults.max_restarts="
+                f"{self._max_restarts}: mend the cause, then start again with resume=auto"
+            ) from error
+        self.num_restarts += 1
+        logger.warning("%s; it is replaced (%d of at most %d)", error, self.num_restarts, self._max_restarts)
+
+    async def prepare(self, worker: Any, index: int) -> None:
+        """What a new actor needs in the middle of a run before it serves; nothing by default."""
+
+    async def restart(self, error: ActorDiedError) -> None:
+        """Put new actors in the place of all, because `error` made the group useless; await `ready` afterwards."""
+        self._count_restart(error)
+        for worker in self.workers:
+            self._kill(worker)
+        self._spawn_all(len(self.workers))
+
     async def stop(self) -> None:
         """Ask all actors to stop what they run."""
         await self.all(lambda worker: worker.stop.remote())
@@ -89,18 +162,25 @@ class WorkerGroup:
     def shutdown(self) -> None:
         """End all actors."""
         for worker in self.workers:
-            ray.kill(worker, no_restart=True)
+            self._kill(worker)
         self.workers = []
+
+    def _kill(self, worker: Any) -> None:
+        ray.kill(worker, no_restart=True)
 
 
 async def remote_result(ref: Any, actor: str, deadline_s: float) -> Any:
-    """Await an object reference; raises the actor's own `OpdError`, or `ActorError` when it died, failed or hung."""
+    """Await an object reference.
+
+    Raises the actor's own `OpdError`, `ActorDiedError` when its process ended, `DeadlineError` when it gave no answer,
+    and `ActorError` when it failed in any other way.
+    """
     try:
         # Not wait_for: before Python 3.12 it can swallow a cancellation that meets the result.
         async with asyncio.timeout(deadline_s):
             return await ref
     except (TimeoutError, GetTimeoutError) as error:
-        raise ActorError(
+        raise DeadlineError(
             f"actor {actor} gave no answer in {deadline_s:g} s: look at its log in the Ray "
             "dashboard, or raise deadline_s"
         ) from error
@@ -115,7 +195,7 @@ async def remote_result(ref: Any, actor: str, deadline_s: float) -> Any:
             "(the traceback is in run.log of the run folder): mend the cause and start again"
         ) from error
     except RayActorError as error:
-        raise ActorError(
+        raise ActorDiedError(
             f"actor {actor} died ({_death_cause(error)}): look for lack of memory or a crash in the Ray dashboard's "
             "log, and start again"
         ) from error

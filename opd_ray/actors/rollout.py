@@ -5,19 +5,20 @@ vllm, torch and transformers are imported in the worker's constructor only.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from opd_ray.actors.group import WorkerGroup
-from opd_ray.choices import Support, Template
+from opd_ray.actors.engine_group import EngineGroup
+from opd_ray.choices import OnNewWeights, Support, Template
 from opd_ray.config import RunConfig
 from opd_ray.errors import ModelError
 from opd_ray.evaluation.scoring import Completion
 from opd_ray.placement import Share
-from opd_ray.types import BatchReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
+from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,6 +48,7 @@ class RolloutSpec:
     eval_top_p: float
     support: Support
     top_k: int
+    on_new_weights: OnNewWeights
 
     @classmethod
     def of(cls, cfg: RunConfig, name: str, model_path: str, dtype: str) -> RolloutSpec:
@@ -69,6 +71,7 @@ class RolloutSpec:
             eval_top_p=cfg.evaluation.top_p,
             support=cfg.teacher.support,
             top_k=cfg.teacher.top_k,
+            on_new_weights=cfg.rollout.on_new_weights,
         )
 
     @property
@@ -92,6 +95,7 @@ class RolloutWorker:
         from opd_ray.replay.schema import BatchSpec
 
         self._spec = spec
+        self._loading = asyncio.Lock()
         self._tokenizer: Any = load_tokenizer(spec.model_path)
         self._prompts = PromptTokenizer(self._tokenizer, spec.template, spec.model_path)
         fingerprint = tokenizer_fingerprint(self._tokenizer)
@@ -105,6 +109,7 @@ class RolloutWorker:
                     max_num_seqs=spec.max_num_seqs,
                     gpu_memory_utilization=spec.gpu_memory_utilization,
                     top_logprobs=spec.student_top_k,
+                    on_new_weights=spec.on_new_weights,
                 )
             )
         except (ValueError, OSError) as error:
@@ -162,7 +167,10 @@ class RolloutWorker:
         )
 
     async def complete(self, prompts: Sequence[Prompt], first: int, num_samples: int) -> list[list[Completion]]:
-        """Sample `num_samples` answers to each evaluation problem; `first` is the number of the first one."""
+        """Sample `num_samples` answers to each evaluation problem; `first` is the number of the first one.
+
+        All tokens of an answer come from the same weights: new ones wait for it to end.
+        """
         from opd_ray.actors.engine import Sampling
 
         spec = self._spec
@@ -173,7 +181,7 @@ class RolloutWorker:
                 seed = sampling_seed(spec.seed, "evaluation", (first + offset) * num_samples + sample)
                 sampling = Sampling(spec.eval_temperature, spec.eval_top_p, spec.eval_max_response_tokens, seed)
                 todo[f"evaluation-{first + offset}-{sample}"] = (ids, sampling)
-        streams = await self._engine.generate(todo)
+        streams = await self._engine.generate(todo, whole=True)
         texts = self._tokenizer.batch_decode(
             [streams[request_id].token_ids for request_id in todo], skip_special_tokens=True
         )
@@ -183,15 +191,31 @@ class RolloutWorker:
         ]
         return [flat[i : i + num_samples] for i in range(0, len(flat), num_samples)]
 
-    async def load_weights(self, published: WeightsReceipt, *buckets: WeightBucket) -> WeightsReceipt:
-        """Hop 12: check and take over published weights between two decoding steps, and confirm them."""
+    async def load_weights(self, published: WeightsReceipt, *buckets: WeightBucket) -> LoadReceipt:
+        """Hop 12: check and take over published weights, of whatever version, and confirm them.
+
+        Raises `WeightSyncError`: before anything is loaded where the checksum differs, and the old weights stay in use.
+        """
         from opd_ray.actors.weights import check_same, combined_checksum
 
-        found = combined_checksum(buckets)
-        check_same(published.checksum, found, self._spec.name)
-        self._engine.load_weights(buckets, published.policy_version)
-        num_bytes = sum(bucket.data.nbytes for bucket in buckets)
-        return WeightsReceipt(self._engine.policy_version, found, num_bytes)
+        # Those that come first are loaded first, however long their checksum takes.
+        async with self._loading:
+            # In a thread: decoding goes on meanwhile.
+            found = await asyncio.to_thread(combined_checksum, buckets)
+            check_same(published.checksum, found, self._spec.name)
+            takeover = await self._engine.load_weights(buckets, published.policy_version)
+        return LoadReceipt(
+            worker=self._spec.name,
+            policy_version=published.policy_version,
+            checksum=found,
+            num_bytes=sum(bucket.data.nbytes for bucket in buckets),
+            standstill_s=takeover.standstill_s,
+            num_aborted_tokens=takeover.num_aborted_tokens,
+        )
+
+    async def abandon(self) -> None:
+        """Drop all requests; who waits for them gets `ActorError`."""
+        self._engine.abandon()
 
     async def stop(self) -> None:
         """Stop the engine, so that the process can end at once."""
@@ -211,7 +235,7 @@ def _receipt(index: int, row: Any) -> TrajectoryReceipt:
     )
 
 
-class RolloutGroup(WorkerGroup):
+class RolloutGroup(EngineGroup):
     """All rollout engines."""
 
     @classmethod
@@ -220,20 +244,9 @@ class RolloutGroup(WorkerGroup):
 
         Under another `role` than the usual one it samples from the teacher, in the teacher's dtype.
         """
-        group = cls(role, cfg.deadline_s)
+        group = cls(role, cfg.deadline_s, cfg.faults.max_restarts)
         dtype = (cfg.student if role == ROLE else cfg.teacher).dtype.name
         specs = [(RolloutSpec.of(cfg, f"{role}-{index}", path, dtype),) for index, path in enumerate(paths)]
         env = {"VLLM_CPU_KVCACHE_SPACE": str(cfg.rollout.kv_cache_gib)} if share.gpus == 0 else {}
         group.start(RolloutWorker, share, specs, env)
         return group
-
-    async def complete(self, problems: Sequence[Prompt], num_samples: int) -> list[list[Completion]]:
-        """Answers to all problems, which are split evenly over the engines."""
-        size = -(-len(problems) // len(self.workers))
-        starts = [index * size for index in range(len(self.workers)) if index * size < len(problems)]
-        refs = [
-            worker.complete.remote(tuple(problems[start : start + size]), start, num_samples)
-            for worker, start in zip(self.workers, starts, strict=False)
-        ]
-        parts = [await self.result(ref, index) for index, ref in enumerate(refs)]
-        return [completions for part in parts for completions in part]

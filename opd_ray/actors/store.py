@@ -1,24 +1,28 @@
-"""The replay store as a Ray actor."""
+"""The replay store as a Ray actor, and the driver's side of it: deadlines, and a new store where one died."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 
+from opd_ray.actors.group import remote_result
 from opd_ray.config import RunConfig
-from opd_ray.replay.spill import SpillSpace
+from opd_ray.errors import ActorDiedError
+from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.journal import SlotJournal
+from opd_ray.replay.spill import SpillSpace, as_is
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
+from opd_ray.types import BatchReceipt, Histogram
 
+NAME = "replay-store"
 
-def start_store(cfg: RunConfig) -> Any:
-    """Start the store of a run; returns its handle."""
-    # References can be awaited; what comes back from a file is the store's own, so it outlives whoever made it.
-    spill = SpillSpace(cfg.replay.spill_bytes, put=ray.put) if cfg.replay.spill_bytes else None
-    store_class: Any = ray.remote(ReplayStore)
-    options = store_class.options(name="replay-store", num_cpus=0, max_concurrency=1000)
-    return options.remote(store_config(cfg), spill=spill)
+logger = logging.getLogger(__name__)
 
 
 def store_config(cfg: RunConfig) -> StoreConfig:
@@ -35,3 +39,195 @@ def store_config(cfg: RunConfig) -> StoreConfig:
         max_bytes=replay.max_bytes,
         seed=cfg.seed,
     )
+
+
+def start_store(cfg: RunConfig, name: str = NAME) -> Any:
+    """Start the store of a run; returns its handle."""
+    # References can be awaited; what comes back from a file is the store's own, so it outlives whoever made it.
+    spill = SpillSpace(cfg.replay.spill_bytes, put=ray.put) if cfg.replay.spill_bytes else None
+    store_class: Any = ray.remote(ReplayStore)
+    options = store_class.options(name=name, num_cpus=0, max_concurrency=1000)
+    return options.remote(store_config(cfg), spill=spill)
+
+
+class StoreClient:
+    """The replay store of a run, called from the driver.
+
+    When the store dies, a new one goes on from the last committed snapshot and from what was written down here since
+    (`replay.journal`), and the call that met the death is made again; at most `faults.max_restarts` times in a run.
+    `start` makes a store's handle under a name, `kill` ends it, `put` makes a payload reference of a `pyarrow.Buffer`.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        start: Callable[[RunConfig, str], Any] = start_store,
+        kill: Callable[[Any], None] = ray.kill,
+        put: Callable[[Any], Any] = ray.put,
+    ) -> None:
+        self._cfg = cfg
+        self._start, self._kill, self._put = start, kill, put
+        self._handle = start(cfg, NAME)
+        self._mending = asyncio.Lock()
+        self._journal = SlotJournal()
+        self._snapshot: Path | None = None
+        self._uncommitted: tuple[int, int] | None = None
+        self._learner_version = 0
+        self._num_stores = 1
+        self._dead: Any = None
+        self.num_restarts = 0
+        # Awaited before a new store takes over: all engines must have the learner's weights then.
+        self.before_going_on: Callable[[], Awaitable[None]] = _nothing_to_do
+
+    async def acquire_slots(self, num_slots: int) -> tuple[int, ...]:
+        """Wait for room for work; see `ReplayStore.acquire_slots`."""
+        slots: tuple[int, ...] = await self._call("acquire_slots", num_slots)
+        self._journal.acquired(slots)
+        return slots
+
+    async def assign(self, slots: Sequence[int], prompt_ids: Sequence[str]) -> None:
+        """Say which prompt each slot is for."""
+        await self._call("assign", slots, prompt_ids)
+        self._journal.assigned(slots, prompt_ids)
+
+    async def append(self, receipt: BatchReceipt, payload: Any) -> None:
+        """Hand over scored trajectories."""
+        # In a list, so that Ray hands the reference on and not the payload.
+        await self._call("append", receipt, [payload])
+        self._journal.landed([trajectory.slot for trajectory in receipt.trajectories])
+
+    async def fail(self, slots: Sequence[int], reason: str) -> None:
+        """Slots ended without a trajectory."""
+        await self._call("fail", slots, reason)
+        self._journal.failed(slots, reason)
+
+    async def end_of_data(self) -> None:
+        """No slot will be acquired any more."""
+        await self._call("end_of_data")
+        self._journal.data_ended()
+
+    async def sample(self, policy_version: int) -> SampledBatch | None:
+        """Wait for the batch of the step that starts from `policy_version`; None when the data have ended."""
+        batch: SampledBatch | None = await self._call("sample", self._cfg.trajectories_per_step, policy_version)
+        if batch is not None:
+            self._journal.sampled(batch.slots)
+        return batch
+
+    def stepped(self, batch: SampledBatch) -> None:
+        """The learner has made its optimizer step on `batch`, whatever becomes of the store."""
+        visits = max(info.visits for info in batch.infos)
+        self._journal.stepped(batch.slots, visits >= self._cfg.replay.reuse)
+        self._learner_version += 1
+
+    async def release(self, slots: Sequence[int], policy_version: int) -> None:
+        """Give a batch back; the engines have `policy_version`, or do not sample before they do."""
+        await self._call("release", slots, policy_version)
+        self._journal.released(slots)
+
+    async def release_into(self, folder: Path, slots: Sequence[int], policy_version: int) -> None:
+        """`release`, with a snapshot of that instant in `folder`."""
+        num_slots = None
+        while num_slots is None:
+            # A store that died over it comes back with other slots, from the mark before.
+            mark = self._journal.mark()
+            num_slots = await self._call(
+                "release_and_snapshot", slots, policy_version, folder, as_is, is_made_again=False
+            )
+        self._journal.released(slots)
+        self._uncommitted = (mark, num_slots)
+
+    def snapshot_committed(self, folder: Path) -> None:
+        """The last snapshot is safe in `folder`: a new store goes on from there."""
+        if self._uncommitted is not None:
+            self._journal.snapshot_taken(*self._uncommitted)
+            self._snapshot, self._uncommitted = folder, None
+
+    async def state(self) -> dict[str, int]:
+        """See `ReplayStore.state`."""
+        state: dict[str, int] = await self._call("state")
+        return state
+
+    async def lengths(self) -> dict[str, float | Histogram]:
+        """See `ReplayStore.lengths`."""
+        lengths: dict[str, float | Histogram] = await self._call("lengths")
+        return lengths
+
+    async def ledger(self) -> dict[str, int]:
+        """See `ReplayStore.ledger`."""
+        books: dict[str, int] = await self._call("ledger")
+        return books
+
+    async def restore(self, folder: Path, policy_version: int) -> dict[int, str | None]:
+        """Go on from a snapshot in a store that was not used; returns the slots in flight with their prompts' ids."""
+        num_given = await self._call("restore", folder, self._put)
+        pending: dict[int, str | None] = await self._call("pending")
+        self._journal = SlotJournal(num_given, pending)
+        self._snapshot = folder
+        self._learner_version = policy_version
+        return pending
+
+    def start_again(self) -> None:
+        """End the store, and start an empty one that knows of nothing."""
+        self._kill(self._handle)
+        self._handle = self._new()
+        self._journal = SlotJournal()
+        self._snapshot = self._uncommitted = None
+        self._learner_version = 0
+
+    def shutdown(self) -> None:
+        """End the store."""
+        self._kill(self._handle)
+
+    def _new(self) -> Any:
+        # The dead store's name may not be free yet.
+        self._num_stores += 1
+        return self._start(self._cfg, f"{NAME}-{self._num_stores}")
+
+    async def _call(self, method: str, *args: Any, is_made_again: bool = True) -> Any:
+        """A call's result; where the store died over it, that of the new store, or None."""
+        while True:
+            handle = self._handle
+            try:
+                answer = await remote_result(getattr(handle, method).remote(*args), NAME, self._cfg.deadline_s)
+                if handle is self._handle and handle is not self._dead:
+                    return answer
+                # What the dead store said last is not in the books of the new one.
+                error = ActorDiedError(f"actor {NAME} died: start again")
+            except ActorDiedError as died:
+                error = died
+            await self._mend(handle, error)
+            if not is_made_again:
+                return None
+
+    async def _mend(self, dead: Any, error: ActorDiedError) -> None:
+        async with self._mending:
+            if self._handle is not dead:
+                return
+            self._dead = dead
+            while True:
+                self._count_restart(error)
+                handle = self._new()
+                await self.before_going_on()
+                since = self._journal.since(self._learner_version, self._learner_version)
+                recovered = handle.recover.remote(since, self._snapshot, self._put)
+                try:
+                    await remote_result(recovered, NAME, self._cfg.deadline_s)
+                except ActorDiedError as again:
+                    error = again
+                else:
+                    self._handle = handle
+                    return
+
+    def _count_restart(self, error: ActorDiedError) -> None:
+        limit = self._cfg.faults.max_restarts
+        if self.num_restarts >= limit:
+            raise ActorDiedError(
+                f"{error}; it was replaced {self.num_restarts} times before, faults.max_restarts={limit}: mend the "
+                "cause, then start again with resume=auto"
+            ) from error
+        self.num_restarts += 1
+        logger.warning("%s; a new store goes on from %s", error, self._snapshot or "what is known here")
+
+
+async def _nothing_to_do() -> None:
+    return

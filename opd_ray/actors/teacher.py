@@ -102,7 +102,7 @@ class TeacherGroup(WorkerGroup):
     @classmethod
     def create(cls, cfg: RunConfig, share: Share, vocab_size: int, fingerprint: str, path: str) -> TeacherGroup:
         """Start the workers; returns at once (await `ready`)."""
-        group = cls(ROLE, cfg.deadline_s)
+        group = cls(ROLE, cfg.deadline_s, cfg.faults.max_restarts)
         specs = [
             (
                 TeacherSpec(

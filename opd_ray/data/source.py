@@ -28,9 +28,9 @@ class PromptSource:
     def __init__(self, prompts: Sequence[Prompt], seed: int, epochs: int | None = None) -> None:
         if not prompts:
             raise DataError("the prompt source has no prompts: give at least one")
-        ids = {prompt.id for prompt in prompts}
-        if len(ids) < len(prompts):
-            raise DataError(f"{len(prompts)} prompts have only {len(ids)} different ids: make ids distinct")
+        self._by_id = {prompt.id: prompt for prompt in prompts}
+        if len(self._by_id) < len(prompts):
+            raise DataError(f"{len(prompts)} prompts have only {len(self._by_id)} different ids: make ids distinct")
         if epochs is not None and epochs < 1:
             raise DataError(f"{epochs} epochs over the prompts: give at least 1, or None for endless")
         self._prompts = tuple(prompts)
@@ -50,6 +50,12 @@ class PromptSource:
         prompt = self._prompts[self._order[self._position]]
         self._position += 1
         return replace(prompt, epoch=self._epoch)
+
+    def find(self, prompt_id: str) -> Prompt:
+        """The prompt of that id; raises `DataError` if there is none."""
+        if prompt_id not in self._by_id:
+            raise DataError(f"there is no prompt with id {prompt_id!r}: resume with the same prompts")
+        return self._by_id[prompt_id]
 
     def state(self) -> dict[str, int | str]:
         """Where the source stands, JSON-able."""

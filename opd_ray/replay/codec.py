@@ -104,22 +104,36 @@ def _column(name: str, values: Sequence[Any], spec: BatchSpec) -> ArrowArray:
         if array.ndim != 1 + len(tail) or array.shape[1:] != tail:
             expected = f"[T, {tail[0]}]" if tail else "[T]"
             raise SchemaError(f"column {name!r}, row {row}, has shape {array.shape} and {expected} is expected: {FIX}")
-    flat = np.concatenate([_convert(name, array, item) for array in arrays]) if arrays else np.empty(0)
     starts = np.zeros(len(arrays) + 1, dtype=np.int32)
     np.cumsum([len(array) for array in arrays], out=starts[1:])
-    leaf = pa.array(flat.reshape(-1), type=item)
+    leaf = _joined(name, arrays, item)
     inner: ArrowArray = pa.FixedSizeListArray.from_arrays(leaf, type=kind.value_type) if tail else leaf
     return pa.ListArray.from_arrays(pa.array(starts, type=pa.int32()), inner, type=kind)
 
 
-def _convert(name: str, values: Array, item: pa.DataType) -> Array:
-    """`values` as `item`; raises `SchemaError` rather than turn floats into integers or wrap around."""
+def _joined(name: str, arrays: Sequence[Array], item: pa.DataType) -> ArrowArray:
+    """All values one after the other as `item`; raises `SchemaError` rather than turn floats to integers or wrap."""
     dtype: np.dtype[Any] = np.dtype(item.to_pandas_dtype())
-    if values.size and (values.dtype.kind in "iu") != (dtype.kind == "i"):
+    for array in arrays:
+        if array.dtype != dtype and array.size:
+            _check_convertible(name, array, dtype)
+    count = sum(array.size for array in arrays)
+    # Arrow's pool keeps its pages, where numpy's next large array would start on new ones.
+    buffer = pa.allocate_buffer(count * dtype.itemsize)
+    if count:
+        flat: Array = np.frombuffer(memoryview(buffer), dtype=dtype)
+        np.concatenate([array.reshape(-1) for array in arrays], out=flat, casting="unsafe")
+    return pa.Array.from_buffers(item, count, [None, buffer])
+
+
+def _check_convertible(name: str, values: Array, dtype: np.dtype[Any]) -> None:
+    if (values.dtype.kind in "iu") != (dtype.kind == "i"):
         raise SchemaError(f"column {name!r} has dtype {values.dtype} and {dtype} is expected: {FIX}")
-    if values.size and dtype.kind == "i" and values.max() > np.iinfo(dtype.name).max:
-        raise SchemaError(f"column {name!r} has the value {values.max()}, which does not fit {dtype}: {FIX}")
-    return values.astype(dtype, copy=False)
+    if dtype.kind == "i":
+        limits = np.iinfo(dtype.name)
+        for value in (values.max(), values.min()):
+            if not limits.min <= value <= limits.max:
+                raise SchemaError(f"column {name!r} has the value {value}, which does not fit {dtype}: {FIX}")
 
 
 def _write(columns: Sequence[ArrowArray], spec: BatchSpec) -> pa.Buffer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from opd_ray.errors import LedgerError
@@ -14,7 +15,8 @@ class Drafted:
     def __init__(self) -> None:
         self.members: dict[int, StoredTrajectory] = {}
         self.running: list[int] = []
-        self._dropped: dict[int, int] = {}  # evicted while the learner had them: releases still to come
+        self._dropped: Counter[int] = Counter()  # lost while the learner had them: releases still to come
+        self._payloads: Counter[int] = Counter()  # how many members have a row in which payload
 
     def __len__(self) -> int:
         return len(self.members)
@@ -23,6 +25,15 @@ class Drafted:
         """`cohort`, in order of slot number, is the running one from now on."""
         self.members.update({member.receipt.slot: member for member in cohort})
         self.running = [member.receipt.slot for member in cohort]
+        self._payloads.update(member.payload_id for member in cohort)
+
+    def has_payload(self, payload_id: int) -> bool:
+        """Whether a member has a row in that payload."""
+        return payload_id in self._payloads
+
+    def expect(self, slots: Iterable[int]) -> None:
+        """The learner will give `slots` back, which are not here: these releases are passed over."""
+        self._dropped.update(slots)
 
     def cohort(self) -> list[StoredTrajectory]:
         """The running cohort's members."""
@@ -48,6 +59,7 @@ class Drafted:
             member.num_releases += 1
             if member.num_releases == reuse:
                 retired.append(self.members.pop(slot))
+        self._forget_payloads(retired)
         return retired
 
     def take_away(self, slots: Iterable[int]) -> list[StoredTrajectory]:
@@ -57,9 +69,13 @@ class Drafted:
             if member.num_visits > member.num_releases:
                 self._dropped[member.receipt.slot] = member.num_visits - member.num_releases
         self.running = [slot for slot in self.running if slot in self.members]
+        self._forget_payloads(taken)
         return taken
 
     def _forget_dropped(self, slot: int) -> None:
         self._dropped[slot] -= 1
         if self._dropped[slot] == 0:
             del self._dropped[slot]
+
+    def _forget_payloads(self, members: Iterable[StoredTrajectory]) -> None:
+        self._payloads -= Counter(member.payload_id for member in members)

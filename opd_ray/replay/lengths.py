@@ -43,7 +43,7 @@ class LengthReport:
     def as_dict(self) -> dict[str, list[int]]:
         """The counts, as `of` takes them."""
         sums = [self._kept_tokens, self._dropped_tokens]
-        return {"kept": self._kept, "dropped": self._dropped, "sums": sums}
+        return {"kept": [*self._kept], "dropped": [*self._dropped], "sums": sums}
 
     @classmethod
     def of(cls, counts: Mapping[str, list[int]]) -> LengthReport:

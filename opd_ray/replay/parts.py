@@ -58,7 +58,7 @@ class StoreParts:
 
     def is_drafted(self, payload_id: int) -> bool:
         """Whether a row of that payload belongs to a cohort."""
-        return any(member.payload_id == payload_id for member in self.drafted.members.values())
+        return self.drafted.has_payload(payload_id)
 
     def retire(self, members: Iterable[StoredTrajectory]) -> None:
         """These, taken out of `drafted`, had all their visits."""
@@ -66,6 +66,10 @@ class StoreParts:
             self.shelf.drop_row(member.payload_id)
             self.ledger.train(1)
             self.lengths.keep(member.receipt.num_response_tokens)
+
+    def evict_ready(self, slots: Iterable[int], reason: str) -> None:
+        """Drop ready slots."""
+        self.evict(self.queue.take(slots), reason)
 
     def evict(self, members: Iterable[StoredTrajectory], reason: str) -> None:
         """These, taken out of `queue` or `drafted`, are dropped."""

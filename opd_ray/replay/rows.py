@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -51,6 +51,27 @@ class ScoredRow(RolloutRow):
     teacher_topk_logprobs: npt.NDArray[np.floating[Any]]  # [T, K]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingRow:
+    """Hop 9: what a learner reads of a trajectory; None is a column that its objective has no use for."""
+
+    prompt_token_ids: npt.NDArray[np.int32]  # [P]
+    response_token_ids: npt.NDArray[np.int32]  # [T]
+    behavior_logprobs: npt.NDArray[np.float32]  # [T]
+    teacher_logprobs: npt.NDArray[np.float32]  # [T]
+    teacher_topk_ids: npt.NDArray[np.int32] | None = None  # [T, K]
+    teacher_topk_logprobs: npt.NDArray[np.floating[Any]] | None = None  # [T, K]
+    version_starts: npt.NDArray[np.int32] | None = None  # [S]
+    version_values: npt.NDArray[np.int64] | None = None  # [S]
+
+    @property
+    def token_versions(self) -> npt.NDArray[np.int64] | None:
+        """Policy version of every response token, [T]."""
+        if self.version_starts is None or self.version_values is None:
+            return None
+        return expand_versions(self.version_starts, self.version_values, len(self.response_token_ids))
+
+
 def rollout_rows(batch: pa.RecordBatch) -> list[RolloutRow]:
     """The trajectories of a batch that has all rollout columns; arrays are read-only views."""
     given = [STUDENT_IDS] if STUDENT_IDS in batch.schema.names else []
@@ -60,6 +81,12 @@ def rollout_rows(batch: pa.RecordBatch) -> list[RolloutRow]:
 def scored_rows(batch: pa.RecordBatch) -> list[ScoredRow]:
     """The trajectories of a batch that has all scored columns; arrays are read-only views."""
     return _rows(batch, SCORED_COLUMNS, ScoredRow)
+
+
+def training_rows(batch: pa.RecordBatch) -> list[TrainingRow]:
+    """The trajectories of a scored batch that may lack what `TrainingRow` can; arrays are read-only views."""
+    given = [f.name for f in fields(TrainingRow) if f.default is MISSING or f.name in batch.schema.names]
+    return _rows(batch, given, TrainingRow)
 
 
 def _rows(batch: pa.RecordBatch, names: Sequence[str], make: Callable[..., Row]) -> list[Row]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
+import hashlib
 import math
-import random
 
 from opd_ray.choices import ReplayOrder
 from opd_ray.replay.queue import SlotQueue
@@ -21,11 +20,13 @@ def next_cohort(queue: SlotQueue, config: StoreConfig, learner_version: int) -> 
         return queue.head(size)
     if len(queue.ready) < size:
         return []
-    keys = {
-        slot: sampling_key(slot, member.receipt.oldest_version, learner_version, config)
+    if config.order is ReplayOrder.fifo:
+        return queue.oldest_ready(size)
+    keys = [
+        (sampling_key(slot, member.receipt.oldest_version, learner_version, config), slot)
         for slot, member in queue.ready.items()
-    }
-    return sorted(heapq.nsmallest(size, keys, key=lambda slot: (keys[slot], slot)))
+    ]
+    return sorted(slot for _, slot in sorted(keys)[:size])
 
 
 def sampling_key(slot: int, oldest_version: int, learner_version: int, config: StoreConfig) -> float:
@@ -39,5 +40,7 @@ def sampling_key(slot: int, oldest_version: int, learner_version: int, config: S
         return slot
     if config.order is ReplayOrder.freshest:
         return -oldest_version
-    uniform = random.Random(f"{config.seed}/{learner_version}/{slot}").random()
+    # A hash, and no generator: seeding one for every slot would take longer than all else here.
+    digest = hashlib.blake2b(f"{config.seed}/{learner_version}/{slot}".encode(), digest_size=8).digest()
+    uniform = (int.from_bytes(digest) >> 11) * 2.0**-53  # of 53 bits, in [0, 1)
     return -math.log1p(-uniform) * (1 + learner_version - oldest_version)

@@ -153,7 +153,7 @@ def read_spec(schema: pa.Schema) -> BatchSpec:
         )
     for key in ("top_k", "student_top_k"):
         if not metadata[key].isdecimal():
-            raise SchemaError(f"metadata {key} = {metadata[key]!r} of a trajectory batch: a whole number is expected")
+            raise SchemaError(f"metadata {key} = {metadata[key]!r} of a trajectory batch is no number: {FIX}")
     return BatchSpec(
         tokenizer_fingerprint=metadata["tokenizer_fingerprint"],
         top_k=int(metadata["top_k"]),

@@ -48,7 +48,7 @@ class SpillSpace:
 
     async def relieve(self, parts: StoreParts) -> None:
         """Spill what was stored last, and is not drafted, until the rest fits; raises `StoreError` on a full disk."""
-        if self.is_busy:
+        if self.is_busy or parts.shelf.memory_bytes <= self.max_memory_bytes:
             return
         self.is_busy = True
         try:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_ray.errors import LedgerError, StoreClosedError, StoreError
+from opd_ray.errors import StoreClosedError, StoreError
 from opd_ray.replay.admission import num_in_budget
 from opd_ray.replay.cohort import SampledBatch, StoredTrajectory, collect
 from opd_ray.replay.parts import StoreParts
+from opd_ray.replay.recovery import SinceSnapshot, needed_payloads, reconcile
+from opd_ray.replay.requests import refuse_older, refuse_repeated, refuse_used, require
 from opd_ray.replay.sampling import next_cohort
-from opd_ray.replay.snapshot import capture, read_image, rebuild, write_image
-from opd_ray.replay.spill import SpillSpace
+from opd_ray.replay.snapshot import capture, rebuild
+from opd_ray.replay.snapshot_files import read_index, read_payloads, write_image
+from opd_ray.replay.spill import SpillSpace, as_is
 from opd_ray.replay.staleness import StoreConfig, num_acquirable
 from opd_ray.types import BatchReceipt, Histogram
 
@@ -75,7 +79,7 @@ class ReplayStore:
         """Say which prompt each slot in flight is for, so that it can be started again after a crash (`pending`)."""
         if len(slots) != len(prompt_ids):
             raise StoreError(f"assign got {len(slots)} slots and {len(prompt_ids)} prompt ids: give one id a slot")
-        self._require(slots, self._parts.queue.in_flight, "assign", "in flight")
+        require(slots, self._parts.queue.in_flight, "assign", "in flight")
         self._parts.queue.in_flight.update(zip(slots, prompt_ids, strict=True))
 
     def pending(self) -> dict[int, str | None]:
@@ -94,7 +98,7 @@ class ReplayStore:
         slots = [trajectory.slot for trajectory in receipt.trajectories]
         if len(refs) != 1 or not slots:
             raise StoreError(f"append got {len(refs)} references and {len(slots)} trajectories: give 1 and at least 1")
-        self._require(slots, self._parts.queue.in_flight, "append", "in flight")
+        require(slots, self._parts.queue.in_flight, "append", "in flight")
         now_s = self._clock()
         payload_id = self._parts.shelf.put(refs[0], receipt.num_bytes, len(slots))
         for trajectory in receipt.trajectories:
@@ -102,7 +106,7 @@ class ReplayStore:
         self._parts.payload_size.add(receipt.num_bytes, len(slots))
         self._parts.ledger.store(len(slots))
         if self._drained:
-            self._evict_ready(slots, DRAINED)
+            self._parts.evict_ready(slots, DRAINED)
         self._changed()
 
     async def sample(self, num_trajectories: int, learner_version: int) -> SampledBatch | None:
@@ -150,21 +154,21 @@ class ReplayStore:
         Slots evicted since they were sampled are passed over. Raises `LedgerError` for a slot that is not
         out, `StoreError` for a version below the published one; the store is then unchanged.
         """
-        self._refuse_older(policy_version)
-        self._refuse_repeated(slots, "release")
+        refuse_older(policy_version, self._parts.schedule.version)
+        refuse_repeated(slots, "release")
         self._parts.drafted.check_out(slots)
         self._parts.retire(self._parts.drafted.give_back(slots, self._config.reuse))
         self.set_version(policy_version)
 
     def set_version(self, policy_version: int) -> None:
         """All engines have confirmed `policy_version`; raises `StoreError` when versions go back."""
-        self._refuse_older(policy_version)
+        refuse_older(policy_version, self._parts.schedule.version)
         self._parts.schedule.publish(policy_version)
         self._changed()
 
     def fail(self, slots: Sequence[int], reason: str) -> None:
         """Slots in flight ended without a trajectory; raises `LedgerError` if one is not in flight."""
-        self._require(slots, self._parts.queue.in_flight, "fail", "in flight")
+        require(slots, self._parts.queue.in_flight, "fail", "in flight")
         for slot in slots:
             del self._parts.queue.in_flight[slot]
         self._parts.ledger.fail(len(slots), reason)
@@ -172,10 +176,9 @@ class ReplayStore:
 
     def evict(self, slots: Sequence[int], reason: str) -> None:
         """Drop stored trajectories, the learner's too; raises `LedgerError` if one is not in the store."""
-        self._require(
-            slots, self._parts.queue.ready.keys() | self._parts.drafted.members.keys(), "evict", "in the store"
-        )
-        self._evict_ready([slot for slot in slots if slot in self._parts.queue.ready], reason)
+        ready, drafted = self._parts.queue.ready, self._parts.drafted.members
+        require(slots, ChainMap(ready, drafted), "evict", "in the store")
+        self._parts.evict_ready([slot for slot in slots if slot in ready], reason)
         self._parts.evict(self._parts.drafted.take_away(slots), reason)
         if self._parts.schedule.visits_left > 0 and not self._parts.drafted.running:
             self._parts.schedule.give_up_visits()
@@ -186,24 +189,51 @@ class ReplayStore:
         self._parts.data_ended = True
         self._changed()
 
-    async def snapshot(self, folder: Path, fetch: Callable[[Any], Any]) -> None:
-        """Write the store of this instant as `folder` (see `snapshot`); raises `SnapshotError` if that fails.
+    async def snapshot(self, folder: Path, fetch: Callable[[Any], Any]) -> int:
+        """Write the store of this instant as `folder`; returns how many slots it knows (`SlotJournal.snapshot_taken`).
 
-        `fetch` makes bytes, or an awaitable of them, of a payload reference. The store goes on meanwhile.
+        `fetch` makes bytes, or an awaitable of them, of a payload reference. The store goes on meanwhile. Raises
+        `SnapshotError` if it cannot be written; an older one is then left as it was.
         """
-        await write_image(capture(self._parts, self._config, self._clock()), folder, fetch)
+        image = capture(self._parts, self._config, self._clock())
+        await write_image(image, folder, fetch)
+        num_given: int = image.index["num_given"]
+        return num_given
 
-    async def restore(self, folder: Path, put: Callable[[Any], Any]) -> None:
-        """Go on from a snapshot; `put` makes a payload reference of a `pyarrow.Buffer`.
+    async def release_and_snapshot(
+        self, slots: Sequence[int], policy_version: int, folder: Path, fetch: Callable[[Any], Any]
+    ) -> int:
+        """`release`, then `snapshot` before any waiting call goes on: in lock-step nothing is in flight then."""
+        self.release(slots, policy_version)
+        return await self.snapshot(folder, fetch)
 
-        Slots that were in flight are so again, and visits that were not released are made again. Raises `SnapshotError`
-        on a snapshot that is missing, damaged or foreign, `StoreError` when this store was in use; it stays as it was.
+    async def restore(self, folder: Path, put: Callable[[Any], Any] = as_is) -> int:
+        """Go on from a snapshot; returns how many slots it knows.
+
+        `put` makes a payload reference of a `pyarrow.Buffer`. Slots that were in flight are so again, and visits that
+        were not released are made again. Raises `SnapshotError` on a snapshot that is missing, damaged or foreign,
+        `StoreError` when this store was in use; it stays as it was.
         """
-        image = await read_image(folder, put)
-        if self._parts.ledger.started:
-            raise StoreError("a store that was in use cannot be restored: make a new one")
-        self._parts = rebuild(image, self._config, self._clock())
-        self._changed()
+        index = await read_index(folder)
+        image = await read_payloads(folder, index, put, range(len(index["sha256"])))
+        self._begin(rebuild(image, self._config, self._clock()))
+        return self._parts.queue.num_given
+
+    async def recover(
+        self, since: SinceSnapshot, folder: Path | None = None, put: Callable[[Any], Any] = as_is
+    ) -> None:
+        """Go on where another store died: from its last snapshot (None: it left none) and what happened `since`.
+
+        The learner goes on as well, and producers with the slots in flight; `recovery` tells what is lost. Raises as
+        `restore` does, and `SnapshotError` when `since` does not count from that snapshot; it stays as it was.
+        """
+        parts = StoreParts.fresh(self._config, 0)
+        if folder is not None:
+            index = await read_index(folder)
+            image = await read_payloads(folder, index, put, needed_payloads(index, since))
+            parts = rebuild(image, self._config, self._clock())
+        reconcile(parts, since)
+        self._begin(parts)
 
     def close(self) -> None:
         """End all waiting and later `acquire_slots` and `sample` calls with `StoreClosedError`."""
@@ -225,6 +255,11 @@ class ReplayStore:
         """What training kept against what was dropped, since the start (`LengthReport.as_metrics`)."""
         return self._parts.lengths.as_metrics()
 
+    def _begin(self, parts: StoreParts) -> None:
+        refuse_used(self._parts.ledger.started)
+        self._parts = parts
+        self._changed()
+
     def _num_acquirable(self, wanted: int) -> int:
         schedule = self._parts.schedule
         load = self._parts.load
@@ -234,18 +269,18 @@ class ReplayStore:
     def _sweep(self, learner_version: int) -> None:
         stale = self._parts.queue.older_than(learner_version - self._config.sweep_bound)
         if stale:
-            self._evict_ready(stale, STALE)
+            self._parts.evict_ready(stale, STALE)
             self._changed()
 
     def _form_cohort(self, learner_version: int) -> None:
         """Draft the next cohort if it is ready; drain if the data have ended and it cannot be filled."""
         cohort = next_cohort(self._parts.queue, self._config, learner_version)
         if cohort:
-            self._parts.drafted.begin([self._parts.queue.ready.pop(slot) for slot in cohort])
+            self._parts.drafted.begin(self._parts.queue.take(cohort))
             self._parts.schedule.visits_left = self._config.reuse
         elif self._parts.data_ended and len(self._parts.queue) < self._config.trajectories_per_step:
             self._drained = True
-            self._evict_ready(list(self._parts.queue.ready), DRAINED)
+            self._parts.evict_ready(list(self._parts.queue.ready), DRAINED)
 
     def _visit(self, learner_version: int) -> SampledBatch:
         if self._spill is not None:
@@ -259,31 +294,9 @@ class ReplayStore:
         self._changed()
         return collect(members, self._parts.shelf, infos)
 
-    def _evict_ready(self, slots: Iterable[int], reason: str) -> None:
-        self._parts.evict([self._parts.queue.ready.pop(slot) for slot in slots], reason)
-
-    def _require(self, slots: Sequence[int], where: Iterable[int], verb: str, state: str) -> None:
-        self._refuse_repeated(slots, verb)
-        missing = sorted(set(slots).difference(where))
-        if missing:
-            raise LedgerError(
-                f"{verb} names {len(missing)} slots that are not {state} (first: {missing[:4]}; "
-                f"{self._parts.queue.num_given} were given out): each slot ends once"
-            )
-
-    def _refuse_repeated(self, slots: Sequence[int], verb: str) -> None:
-        if len(set(slots)) != len(slots):
-            raise LedgerError(f"{verb} names a slot twice among {len(slots)}: name each slot once")
-
-    def _refuse_older(self, policy_version: int) -> None:
-        if policy_version < self._parts.schedule.version:
-            raise StoreError(
-                f"policy version {policy_version} is below the published {self._parts.schedule.version}: never go back"
-            )
-
     def _refuse_if_closed(self) -> None:
         if self._closed:
-            raise StoreClosedError("the replay store is closed: the run is ending")
+            raise StoreClosedError("the replay store is closed, the run is ending: ask it for nothing more")
 
     def _changed(self) -> None:
         """Wake everyone who waits; each looks again for itself, in the order of waiting."""

@@ -116,7 +116,9 @@ class ProgressState:
     def update(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Take the step and the figures in; histograms have no place here."""
         numbers = {key: float(value) for key, value in metrics.items() if not isinstance(value, Histogram)}
-        if self.step is None or step > self.step:
+        if self.step is not None and step < self.step:
+            self._marks.clear()  # steps are done again
+        if self.step is None or step != self.step:
             self._marks.append((self._clock(), step))
         self.step = step
         self._figures.update({key: numbers[key] for key in _FIGURES if key in numbers})

@@ -102,6 +102,9 @@ class WandbSink:
         self._run = wandb.init(
             project=project,
             name=run_name,
+            # A resumed run goes on with its own curves.
+            id=run_name,
+            resume="allow",
             config=dict(config),
             dir=str(folder),
             mode=self.mode,

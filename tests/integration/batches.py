@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from opd_ray.actors.scoring_model import pad_rows
@@ -50,6 +51,32 @@ def scored_payload(lengths: list[int], seed: int, without_teacher: tuple[int, ..
     for row in without_teacher:
         sampled[row] = np.full_like(sampled[row], np.nan)
     return add_teacher_columns(batch, sampled, ids, logprobs, BatchSpec("f", TOP_K, "float32"))
+
+
+def with_only(payload: Any, columns: tuple[str, ...]) -> Any:
+    """The payload with all other columns ruined: NaN, or numbers that `decode` refuses where it looks at them."""
+    with pa.ipc.open_stream(payload) as reader:
+        batch = reader.read_next_batch()
+    arrays = [
+        column if name in columns else _ruined(column)
+        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+    ]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=batch.schema))
+    return sink.getvalue()
+
+
+def _ruined(array: Any) -> Any:
+    kind: Any = array.type
+    if pa.types.is_list(kind):
+        return pa.ListArray.from_arrays(array.offsets, _ruined(array.values), type=kind)
+    if pa.types.is_fixed_size_list(kind):
+        fixed: Any = pa.FixedSizeListArray
+        return fixed.from_arrays(_ruined(array.values), type=kind)
+    if pa.types.is_floating(kind):
+        return pa.array(np.full(len(array), np.nan), type=kind)
+    return pa.array(np.full(len(array), -1), type=kind) if pa.types.is_integer(kind) else array
 
 
 def stale_infos(payload: Any) -> tuple[SampleInfo, ...]:

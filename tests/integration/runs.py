@@ -5,23 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import ray
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from opd_ray.actors.learner.group import LearnerGroup
 from opd_ray.actors.rollout import RolloutGroup
-from opd_ray.actors.store import store_config
+from opd_ray.actors.store import StoreClient
 from opd_ray.actors.teacher import TeacherGroup
 from opd_ray.config import RunConfig
-from opd_ray.controller import Controller, Groups
+from opd_ray.controller import Controller, Groups, Outputs
 from opd_ray.data.source import PromptSource
 from opd_ray.main import conf_dir, to_run_config
 from opd_ray.placement import Share
-from opd_ray.replay.store import ReplayStore
+from opd_ray.replay.cohort import SampledBatch
+from opd_ray.run_checkpoint import Checkpoint, Checkpoints
 from opd_ray.sources import training_prompts
 
 SMALL = [
@@ -63,8 +64,20 @@ class RunRecord:
     """What a run told: metrics by step, and the books at its end."""
 
     metrics: list[Mapping[str, Any]] = field(default_factory=list)
+    slots: list[tuple[int, ...]] = field(default_factory=list)
     ledger: dict[str, int] = field(default_factory=dict)
     state: dict[str, int] = field(default_factory=dict)
+
+    def step_done(self, step: int, batch: SampledBatch, metrics: Mapping[str, Any]) -> None:
+        """Take in a step."""
+        self.metrics.append({"step": step, **metrics})
+        self.slots.append(batch.slots)
+
+    def go_back_to(self, checkpoint: Checkpoint | None) -> None:
+        """Forget the steps after a checkpoint."""
+        version = checkpoint.policy_version if checkpoint else 0
+        self.metrics = [step for step in self.metrics if step["step"] <= version]
+        del self.slots[len(self.metrics) :]
 
     def of(self, key: str) -> list[float]:
         """A metric over the steps."""
@@ -74,33 +87,56 @@ class RunRecord:
 Hook = Callable[[Groups, Controller], Any]
 
 
-def train(cfg: RunConfig, engines: Engines, before: Hook | None = None, after: Hook | None = None) -> RunRecord:
-    """Train with fresh learner and store; `before` and `after` are async hooks around the training."""
-    return asyncio.run(_train(cfg, engines, before, after))
+def train(
+    cfg: RunConfig,
+    engines: Engines,
+    before: Hook | None = None,
+    after: Hook | None = None,
+    *,
+    folder: Path | None = None,
+    checkpoint: Checkpoint | None = None,
+    during: Hook | None = None,
+) -> RunRecord:
+    """Train with fresh learner and store; `before` and `after` are async hooks around the training, `during` beside it.
+
+    Checkpoints go to `folder`, if there is one.
+    """
+    return asyncio.run(_train(cfg, engines, (before, during, after), folder, checkpoint))
 
 
-async def _train(cfg: RunConfig, engines: Engines, before: Hook | None, after: Hook | None) -> RunRecord:
+async def _train(
+    cfg: RunConfig,
+    engines: Engines,
+    hooks: tuple[Hook | None, Hook | None, Hook | None],
+    folder: Path | None,
+    checkpoint: Checkpoint | None,
+) -> RunRecord:
+    before, during, after = hooks
     record = RunRecord()
-    store_class: Any = ray.remote(ReplayStore)
-    store = store_class.options(num_cpus=0, max_concurrency=100).remote(store_config(cfg))
     learner = LearnerGroup.create(cfg, NO_SHARE, engines.student_path)
+    store = StoreClient(cfg)
     groups = Groups(engines.rollout, engines.teacher, learner, store)
     source = PromptSource(training_prompts(cfg.data, cfg.seed), cfg.seed, cfg.data.epochs or None)
-    controller = Controller(cfg, groups, source, [], lambda step, metrics: record.metrics.append(metrics))
+    every = cfg.checkpoint.every if folder else 0
+    checkpoints = Checkpoints(folder or Path("none"), every, cfg.checkpoint.keep, {}, dict)
+    outputs = Outputs(record.step_done, record.go_back_to, checkpoints)
+    controller = Controller(cfg, groups, source, [], outputs)
     try:
         await learner.ready()
-        # The engines may still hold what an earlier test trained.
-        receipt, buckets = await learner.export(0)
-        await engines.rollout.all(lambda engine: engine.load_weights.remote(receipt, *buckets))
         if before is not None:
+            # The engines may still hold what an earlier test trained.
+            await engines.rollout.publish(*await learner.export(0))
             await before(groups, controller)
-        await controller.train()
+        beside = asyncio.create_task(during(groups, controller)) if during is not None else None
+        await controller.train(checkpoint)
+        if beside is not None:
+            await beside
         if after is not None:
             await after(groups, controller)
         record.ledger = await controller.ledger()
-        record.state = await store.state.remote()
+        record.state = await store.state()
     finally:
-        await learner.stop()
+        await asyncio.gather(learner.stop(), return_exceptions=True)
         learner.shutdown()
-        ray.kill(store)
+        store.shutdown()
     return record

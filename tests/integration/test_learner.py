@@ -10,16 +10,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from opd_ray.actors.learner.columns import learner_columns
 from opd_ray.actors.learner.step_report import RankReport, step_metrics
 from opd_ray.actors.tokenization import load_tokenizer, newline_token_mask
 from opd_ray.choices import GateKind
 from opd_ray.config import RunConfig
-from opd_ray.errors import DivergedError, ModelError
+from opd_ray.errors import DivergedError, ModelError, SchemaError
 from opd_ray.main import conf_dir
 from opd_ray.replay.codec import decode
 from opd_ray.replay.rows import scored_rows
 from opd_ray.types import SampleInfo
-from tests.integration.batches import reference_step, scored_payload, stale_infos
+from tests.integration.batches import reference_step, scored_payload, stale_infos, with_only
 from tests.integration.runs import small_config
 from tests.integration.variants import VariantGroup, VariantResult, VariantStep
 
@@ -66,6 +67,10 @@ def two_batches(order: tuple[int, ...] = tuple(range(len(LENGTHS)))) -> list[Var
     return steps
 
 
+def columns_of(cfg: RunConfig) -> tuple[str, ...]:
+    return learner_columns(cfg.objective, cfg.gate, probes=cfg.telemetry.probe_positions > 0)
+
+
 def losses(result: VariantResult, cfg: RunConfig) -> list[float]:
     is_gated = cfg.gate.kind is not GateKind.off
     metrics = [step_metrics(reports, is_gated=is_gated, min_support_mass=0.0) for reports in result.reports]
@@ -81,14 +86,34 @@ def assert_same(found: VariantResult, expected: VariantResult, cfg: RunConfig) -
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_a_step_does_not_depend_on_how_it_is_spread(
+def test_a_step_depends_neither_on_how_it_is_spread_nor_on_columns_that_it_has_no_use_for(
     one_rank: VariantGroup, two_ranks: VariantGroup, student_folder: Path, experiment: str
 ) -> None:
-    """One rank and one microbatch, against two ranks with ZeRO 3 and several microbatches each."""
+    """One rank and one microbatch, against two ranks with ZeRO 3 and several microbatches each of ruined payloads."""
     cfg = config_of(experiment)
     whole = one_rank.run(cfg, str(student_folder), two_batches(), budget=10_000)
-    spread = two_ranks.run(with_zero(cfg, 3), str(student_folder), two_batches(), budget=100)
+    ruined = [replace(step, payload=with_only(step.payload, columns_of(cfg))) for step in two_batches()]
+    spread = two_ranks.run(with_zero(cfg, 3), str(student_folder), ruined, budget=100)
     assert_same(spread, whole, cfg)
+
+
+@pytest.mark.parametrize("experiment", ["opd", "lsm", "lsm_block64_tau_staleness"])
+def test_every_column_that_a_step_reads_is_one_that_it_needs(
+    one_rank: VariantGroup, student_folder: Path, experiment: str
+) -> None:
+    """Were one of the table's columns not used, its ruin would not show."""
+    cfg = config_of(experiment)
+    payload = scored_payload(LENGTHS, seed=3)
+    columns = columns_of(cfg)
+    for missing in columns:
+        ruined = with_only(payload, tuple(name for name in columns if name != missing))
+        step = VariantStep(ruined, tuple(range(len(LENGTHS))), stale_infos(payload), 0)
+        try:
+            report = one_rank.run(cfg, str(student_folder), [step], budget=10_000).reports[0][0]
+        except SchemaError as error:
+            assert missing in str(error) or missing == "version_values"
+        else:
+            assert report.removed["not_finite"] == sum(LENGTHS), missing
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -15,7 +16,11 @@ from opd_ray.actors.learner.spec import LearnerSpec, RankBatch
 from opd_ray.actors.learner.step_report import RankReport
 from opd_ray.config import RunConfig
 from opd_ray.data.packing import plan_microbatches
+from opd_ray.errors import CheckpointError
 from opd_ray.types import SampleInfo
+
+if TYPE_CHECKING:
+    from opd_ray.actors.learner.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,24 @@ class VariantStep:
 
 
 @dataclass(frozen=True)
+class States:
+    """Folder of the state to go on from, and by number of steps the folders, which exist, to save states in.
+
+    Those of `refused` are tried first.
+    """
+
+    load: Path | None = None
+    save: Mapping[int, Path] = field(default_factory=dict)
+    refused: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
 class VariantResult:
-    """Reports of each step by rank, and the weights after the last one."""
+    """Reports of each step by rank, the weights after the last one, and by rank why states were refused."""
 
     reports: list[list[RankReport]]
     weights: dict[str, torch.Tensor]
+    refusals: list[list[str]]
 
 
 class VariantWorker:
@@ -48,14 +66,36 @@ class VariantWorker:
             "LOCAL_RANK": "0",
         }
 
-    def run(self, spec: LearnerSpec, steps: Sequence[tuple[RankBatch, Any]]) -> Any:
+    def run(self, spec: LearnerSpec, steps: Sequence[tuple[RankBatch, Any]], states: States) -> Any:
         from opd_ray.actors.learner.trainer import Trainer
         from opd_ray.actors.weights import unpack_bucket
 
         trainer = Trainer(spec)
-        reports = [trainer.train_step(batch, [payload]) for batch, payload in steps]
-        buckets = trainer.export() or []
-        return reports, {name: tensor.clone() for bucket in buckets for name, tensor in unpack_bucket(bucket)}
+        torch.manual_seed(spec.rank)
+        refusals = [_refusal(trainer, folder) for folder in states.refused]
+        if states.load is not None:
+            torch.manual_seed(99)
+            trainer.load_state(states.load)
+        reports = []
+        for number in range(len(steps) + 1):
+            if number:
+                torch.rand(3)
+                batch, payload = steps[number - 1]
+                reports.append(trainer.train_step(batch, [payload]))
+            if number in states.save:
+                trainer.save_state(states.save[number])
+        buckets = list(trainer.export())
+        weights = {name: tensor.clone() for bucket in buckets for name, tensor in unpack_bucket(bucket)}
+        return reports, weights, refusals
+
+
+def _refusal(trainer: Trainer, folder: Path) -> str:
+    """Why the state cannot be loaded; empty if it can."""
+    try:
+        trainer.load_state(folder)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 class VariantGroup:
@@ -69,7 +109,9 @@ class VariantGroup:
         self.workers: list[Any] = [remote.remote() for _ in range(num_ranks)]
         ray.get([worker.join.remote(rank, num_ranks, port) for rank, worker in enumerate(self.workers)])
 
-    def run(self, cfg: RunConfig, model_path: str, steps: Sequence[VariantStep], budget: int) -> VariantResult:
+    def run(
+        self, cfg: RunConfig, model_path: str, steps: Sequence[VariantStep], budget: int, states: States | None = None
+    ) -> VariantResult:
         """Train the variant of `cfg` with microbatches of at most `budget` padded tokens."""
         num_ranks = len(self.workers)
         per_rank: list[list[tuple[RankBatch, Any]]] = [[] for _ in range(num_ranks)]
@@ -83,10 +125,10 @@ class VariantGroup:
         calls = []
         for rank, worker in enumerate(self.workers):
             spec = LearnerSpec.of(cfg, rank, model_path, threads=1)
-            calls.append(worker.run.remote(replace(spec, num_ranks=num_ranks), per_rank[rank]))
+            calls.append(worker.run.remote(replace(spec, num_ranks=num_ranks), per_rank[rank], states or States()))
         results = ray.get(calls, timeout=240)
-        by_step = [list(reports) for reports in zip(*(reports for reports, _ in results), strict=True)]
-        return VariantResult(by_step, results[0][1])
+        by_step = [list(reports) for reports in zip(*(reports for reports, *_ in results), strict=True)]
+        return VariantResult(by_step, results[0][1], [refusals for *_, refusals in results])
 
     def stop(self) -> None:
         for worker in self.workers:

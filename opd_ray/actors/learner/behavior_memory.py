@@ -25,12 +25,16 @@ class Behavior:
 
 
 class BehaviorMemory:
-    """The learner's own log-probs of trajectories that it saw fresh, kept for their later visits."""
+    """The learner's own log-probs of trajectories that it saw fresh, kept for their later visits.
+
+    Attributes:
+        entries: [T] float32 by slot.
+    """
 
     def __init__(self, source: BehaviorSource, reuse: int) -> None:
         self._uses_own = source is BehaviorSource.learner
         self._reuse = reuse
-        self._own: dict[int, Tensor] = {}
+        self.entries: dict[int, Tensor] = {}
 
     @property
     def remembers(self) -> bool:
@@ -48,9 +52,9 @@ class BehaviorMemory:
         own = [None] * len(engine) if current is None else list(torch.split(current.detach().float(), lengths))
         parts, from_engine = [], []
         for info, fresh, mine, theirs in zip(batch.infos, batch.fresh, own, engine, strict=True):
-            known = mine if fresh and self._uses_own else self._own.get(info.slot) if not fresh else None
+            known = mine if fresh and self._uses_own else self.entries.get(info.slot) if not fresh else None
             if known is not None and fresh and self.remembers:
-                self._own[info.slot] = known.clone()
+                self.entries[info.slot] = known.clone()
             parts.append(theirs if known is None else known)
             from_engine.append(known is None)
         return Behavior(torch.cat(parts), tuple(from_engine))
@@ -59,4 +63,4 @@ class BehaviorMemory:
         """Drop trajectories at their last visit."""
         for info in infos:
             if info.visits >= self._reuse:
-                self._own.pop(info.slot, None)
+                self.entries.pop(info.slot, None)

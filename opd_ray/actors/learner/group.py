@@ -5,12 +5,13 @@ torch, transformers and deepspeed are imported in `LearnerWorker.setup` and late
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
 import ray.util
 
 from opd_ray.actors.group import WorkerGroup
@@ -18,12 +19,17 @@ from opd_ray.actors.learner.spec import ROLE, LearnerSpec, RankBatch
 from opd_ray.actors.learner.step_report import RankReport
 from opd_ray.config import RunConfig
 from opd_ray.data.packing import plan_microbatches
+from opd_ray.errors import ActorDiedError, ActorError
 from opd_ray.placement import Share
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.types import WeightsReceipt
 
 if TYPE_CHECKING:
     from opd_ray.actors.learner.trainer import Trainer
+    from opd_ray.actors.weights import WeightBucket
+
+# After the first failure, how long the other ranks are listened to.
+_LAST_WORDS_S = 5.0
 
 
 class LearnerWorker:
@@ -44,8 +50,11 @@ class LearnerWorker:
             host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
             return host, int(probe.getsockname()[1])
 
-    def setup(self, host: str, port: int) -> None:
-        """Join the other ranks and load the student; blocks until all ranks are there."""
+    def setup(self, host: str, port: int) -> int:
+        """Join the other ranks and load the student; blocks until all ranks are there.
+
+        Returns the number of weight buckets that rank 0 exports.
+        """
         spec = self._spec
         os.environ |= {
             "MASTER_ADDR": host,
@@ -57,6 +66,7 @@ class LearnerWorker:
         from opd_ray.actors.learner.trainer import Trainer
 
         self._trainer = Trainer(spec)
+        return self._trainer.num_buckets
 
     @property
     def trainer(self) -> Trainer:
@@ -69,19 +79,31 @@ class LearnerWorker:
         """Hops 9 to 11: one optimizer step; every rank must be called."""
         return self.trainer.train_step(batch, payloads)
 
-    def export(self, policy_version: int) -> tuple[WeightsReceipt, list[Any]] | None:
-        """Hop 12: the weights as references to buckets in the object store (rank 0); every rank must be called."""
+    def export(self, policy_version: int) -> tuple[WeightsReceipt | WeightBucket, ...] | None:
+        """Hop 12: a receipt and the weights in buckets (rank 0; None elsewhere); every rank must be called.
+
+        Call it with ``num_returns`` of one more than the buckets: each then lies in the object store as a value of its
+        own, which belongs to the caller, and so outlives this process.
+        """
         from opd_ray.actors.weights import combined_checksum
 
-        buckets = self.trainer.export()
-        if buckets is None:
+        buckets = list(self.trainer.export())
+        if self._spec.rank:
             return None
-        receipt = WeightsReceipt(policy_version, combined_checksum(buckets), sum(b.data.nbytes for b in buckets))
-        return receipt, [ray.put(bucket) for bucket in buckets]
+        num_bytes = sum(bucket.data.nbytes for bucket in buckets)
+        return WeightsReceipt(policy_version, combined_checksum(buckets), num_bytes), *buckets
 
     def save(self, folder: str) -> None:
         """Write the student with `save_pretrained` (rank 0); every rank must be called."""
         self.trainer.save(Path(folder))
+
+    def save_state(self, folder: str) -> None:
+        """Write what an exact resume needs into `folder`, which exists; every rank must be called."""
+        self.trainer.save_state(Path(folder))
+
+    def load_state(self, folder: str) -> None:
+        """Go on from a saved state; every rank must be called."""
+        self.trainer.load_state(Path(folder))
 
     def stop(self) -> None:
         """Leave the process group."""
@@ -93,11 +115,12 @@ class LearnerGroup(WorkerGroup):
     """All ranks; a call goes to every one of them."""
 
     tokens_per_microbatch = 1
+    _num_buckets = 1
 
     @classmethod
     def create(cls, cfg: RunConfig, share: Share, path: str) -> LearnerGroup:
         """Start the ranks; returns at once (await `ready`)."""
-        group = cls(ROLE, cfg.deadline_s)
+        group = cls(ROLE, cfg.deadline_s, cfg.faults.max_restarts)
         group.tokens_per_microbatch = cfg.learner.tokens_per_microbatch
         specs = [(LearnerSpec.of(cfg, rank, path, share.threads),) for rank in range(cfg.learner.num_ranks)]
         group.start(LearnerWorker, share, specs, {})
@@ -106,7 +129,27 @@ class LearnerGroup(WorkerGroup):
     async def ready(self) -> None:
         """Let the ranks meet and load the student."""
         host, port = await self.result(self.workers[0].address.remote(), 0)
-        await self.all(lambda worker: worker.setup.remote(host, port))
+        found = await self.all(lambda worker: worker.setup.remote(host, port))
+        self._num_buckets = int(found[0])
+
+    async def all(self, call: Callable[[Any], Any]) -> list[Any]:
+        """The results of ``call(worker)`` on every rank.
+
+        A rank that fails takes the others down with it, and they may be heard first: of several errors the death of a
+        rank is raised, else what a rank itself says, else the first rank's.
+        """
+        calls = [asyncio.create_task(self.result(call(worker), rank)) for rank, worker in enumerate(self.workers)]
+        try:
+            _, pending = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+            if pending:
+                await asyncio.wait(pending, timeout=_LAST_WORDS_S)
+            errors = [error for one in calls if one.done() and (error := one.exception()) is not None]
+            if errors:
+                raise min(errors, key=_weight_of_cause)
+            return [one.result() for one in calls]
+        finally:
+            for one in calls:
+                one.cancel()
 
     async def train_step(self, batch: SampledBatch, policy_version: int) -> list[RankReport]:
         """One optimizer step from `policy_version` on, in microbatches of at most the token budget."""
@@ -120,10 +163,27 @@ class LearnerGroup(WorkerGroup):
 
     async def export(self, policy_version: int) -> tuple[WeightsReceipt, list[Any]]:
         """The current weights as receipt and bucket references, in the rollout engines' dtype."""
-        results = await self.all(lambda worker: worker.export.remote(policy_version))
-        exported: tuple[WeightsReceipt, list[Any]] = results[0]
-        return exported
+        first, *others = self.workers
+        receipt, *buckets = first.export.options(num_returns=1 + self._num_buckets).remote(policy_version)
+        refs = iter([receipt, *(worker.export.remote(policy_version) for worker in others)])
+        results = await self.all(lambda _: next(refs))
+        exported: WeightsReceipt = results[0]
+        return exported, buckets
 
     async def save(self, folder: Path) -> None:
         """Write the student as a `save_pretrained` folder; `folder` appears whole or not at all."""
         await self.all(lambda worker: worker.save.remote(str(folder)))
+
+    async def save_state(self, folder: Path) -> None:
+        """Write what an exact resume needs into `folder`, which exists; raises `CheckpointError`."""
+        await self.all(lambda worker: worker.save_state.remote(str(folder)))
+
+    async def load_state(self, folder: Path) -> None:
+        """Go on from a saved state; raises `CheckpointError`, then nothing has changed."""
+        await self.all(lambda worker: worker.load_state.remote(str(folder)))
+
+
+def _weight_of_cause(error: BaseException) -> int:
+    if isinstance(error, ActorDiedError):
+        return 0
+    return 2 if isinstance(error, ActorError) else 1

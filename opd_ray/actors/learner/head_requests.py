@@ -15,7 +15,6 @@ from opd_ray.actors.learner.microbatch import Microbatch
 from opd_ray.actors.learner.policy_model import HeadRequest, LogprobMode
 from opd_ray.actors.learner.spec import LearnerSpec
 from opd_ray.actors.learner.step_gate import StepGate
-from opd_ray.actors.learner.token_weights import measured_tokens
 from opd_ray.choices import GateKind
 
 
@@ -37,7 +36,7 @@ class HeadRequests:
         if with_loss and needs_logprobs(objective):
             mode = LogprobMode.differentiable
         elif not is_planned and self._needs_drift(batch):
-            mode, at = LogprobMode.constant, self._measured_at(batch)
+            mode, at = LogprobMode.constant, _measured_at(batch)
         probe = probe_positions(batch, -(-self._spec.probe_positions // num_passes)) if with_loss else None
         # The sampled token, where it was added, may stand in the support twice.
         width = batch.support_ids.shape[1] - objective.include_sampled
@@ -62,6 +61,8 @@ class HeadRequests:
             return False
         return self._memory.remembers or self._gate.weighs_fresh or not all(batch.fresh)
 
-    def _measured_at(self, batch: Microbatch) -> Tensor | None:
-        measured = measured_tokens(batch, self._spec.gate, self._gate.segments(batch))
-        return None if measured is None else batch.to_tokens(measured).nonzero().flatten()
+
+def _measured_at(batch: Microbatch) -> Tensor | None:
+    """[M] positions of the tokens whose drift is measured; None for all."""
+    measured = batch.segments.measured
+    return None if measured is None else batch.to_tokens(measured).nonzero().flatten()

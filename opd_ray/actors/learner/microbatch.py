@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +18,28 @@ from opd_ray.actors.learner.token_masks import TokenMasks
 from opd_ray.actors.scoring_model import PaddedRows, pad_rows
 from opd_ray.config import ObjectiveConfig
 from opd_ray.objective import select_by_entropy, with_sampled_token
-from opd_ray.replay.rows import ScoredRow
+from opd_ray.replay.rows import TrainingRow
 from opd_ray.types import SampleInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Segmentation:
+    """The gate's segments, which do not depend on what is valid.
+
+    `ids` [B, T] int64; `measured` [B, T] bool are the tokens whose drift is measured, None for all of them.
+    """
+
+    ids: Tensor
+    measured: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
     """Tensors of some trajectories; [B, T] are response-aligned, [N] the flattened response tokens.
 
+    K is 0 where nothing reads the support, or its log-probs. `token_staleness` is None without token versions.
     `members` are the trajectories' places in the step's batch. `removed` counts the tokens that left `valid`, by rule.
+    `segmentation` is None until `StepGate.segmented`.
     """
 
     members: tuple[int, ...]
@@ -36,9 +50,17 @@ class Microbatch:
     teacher_topk_logprobs: Tensor  # [N, K] float32
     teacher_logprobs: Tensor  # [N] float32
     engine_logprobs: Tensor  # [N] float32
-    token_staleness: Tensor  # [N] int64
+    token_staleness: Tensor | None  # [N] int64
     valid: Tensor  # [N] bool
     removed: dict[str, int] = field(default_factory=dict)
+    segmentation: Segmentation | None = None
+
+    @property
+    def segments(self) -> Segmentation:
+        """The gate's segments; raises ValueError before there are any."""
+        if self.segmentation is None:
+            raise ValueError("the microbatch has no segments yet: take it through StepGate.segmented")
+        return self.segmentation
 
     @property
     def fresh(self) -> tuple[bool, ...]:
@@ -71,23 +93,25 @@ class Microbatch:
 
 
 def make_microbatch(
-    rows: Sequence[ScoredRow],
+    rows: Sequence[TrainingRow],
     infos: Sequence[SampleInfo],
     members: Sequence[int],
     *,
     pad_id: int,
     device: torch.device,
 ) -> Microbatch:
-    """Tensors of the trajectories; tokens with a non-finite behaviour or teacher log-prob are not valid."""
+    """Tensors of the trajectories; tokens with a non-finite log-prob in a column that is read are not valid."""
+    num_tokens = sum(len(row.response_token_ids) for row in rows)
 
-    def joined(arrays: Sequence[npt.NDArray[np.generic]], dtype: type) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays).astype(dtype)).to(device)
+    def joined(arrays: Sequence[npt.NDArray[Any] | None], dtype: type) -> Tensor:
+        """[N] or [N, K]; [N, 0] of a column that is not there."""
+        given = [array for array in arrays if array is not None] or [np.empty((num_tokens, 0), dtype)]
+        return torch.from_numpy(np.concatenate(given, dtype=dtype)).to(device)
 
     teacher = joined([row.teacher_logprobs for row in rows], np.float32)
     engine = joined([row.behavior_logprobs for row in rows], np.float32)
     topk = joined([row.teacher_topk_logprobs for row in rows], np.float32)
     finite = teacher.isfinite() & engine.isfinite() & ~topk.isnan().any(-1)
-    versions = [row.token_versions for row in rows]
     batch = Microbatch(
         members=tuple(members),
         block=pad_rows(
@@ -99,13 +123,17 @@ def make_microbatch(
         teacher_topk_logprobs=topk,
         teacher_logprobs=teacher,
         engine_logprobs=engine,
-        # A trajectory's staleness is its oldest token's.
-        token_staleness=joined(
-            [info.staleness + v.min() - v for info, v in zip(infos, versions, strict=True)], np.int64
-        ),
+        token_staleness=_token_staleness(rows, infos, device),
         valid=torch.ones_like(finite),
     )
     return batch.without(~finite, "not_finite")
+
+
+def _token_staleness(rows: Sequence[TrainingRow], infos: Sequence[SampleInfo], device: torch.device) -> Tensor | None:
+    versions = [row.token_versions for row in rows]
+    # A trajectory's staleness is its oldest token's.
+    found = [info.staleness + v.min() - v for info, v in zip(infos, versions, strict=True) if v is not None]
+    return torch.from_numpy(np.concatenate(found)).to(device) if len(found) == len(rows) else None
 
 
 def select_positions(batch: Microbatch, cfg: ObjectiveConfig, masks: TokenMasks) -> Microbatch:

@@ -7,20 +7,23 @@ Imports torch: learner workers only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from opd_ray.actors.learner.behavior_memory import Behavior
-from opd_ray.actors.learner.microbatch import Microbatch
+from opd_ray.actors.learner.microbatch import Microbatch, Segmentation
 from opd_ray.actors.learner.token_weights import (
     Strength,
     baseline_weights,
+    drifting_rows,
     gate_by_drift,
     gate_without_drift,
+    measured_tokens,
     sampling_error,
     segment_ids,
 )
@@ -90,23 +93,38 @@ class StepGate:
         tau = quantile_tau(cfg.tau, self._drift_quantile.value) if cfg.tau_mode is TauMode.quantile else cfg.tau
         return Strength(tau, (self._mismatch.value or 0.0) if cfg.calibrate else 0.0)
 
-    def segments(self, batch: Microbatch) -> Tensor:
-        """[B, T] int64 segment of every response token."""
-        return segment_ids(batch, self._cfg, self._newline_tokens)
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs between two steps, the same on all ranks; JSON-able."""
+        return {name: memory.state_dict() for name, memory in self._memories().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state."""
+        for name, memory in self._memories().items():
+            memory.load_state_dict(state[name])
+
+    def _memories(self) -> dict[str, RunningQuantile]:
+        return {"drift_quantile": self._drift_quantile, "mismatch": self._mismatch}
+
+    def segmented(self, batch: Microbatch) -> Microbatch:
+        """The microbatch with its segments."""
+        ids = segment_ids(batch, self._cfg, self._newline_tokens)
+        return replace(batch, segmentation=Segmentation(ids, measured_tokens(batch, self._cfg, ids)))
 
     def weigh(self, batch: Microbatch, current: Tensor | None, behavior: Behavior) -> Weighed:
         """Weights before the step's normaliser; `current` [N] log-probs, None if nothing can have drifted."""
-        segments = self.segments(batch)
+        segments, error = batch.segments.ids, None
         if self._cfg.kind is GateKind.off or current is None:
-            return Weighed(gate_without_drift(batch, segments), segments, (False,) * len(batch.infos))
+            return Weighed(gate_without_drift(batch), segments, (False,) * len(batch.infos))
         if not self._cfg.kind.is_drift_gate:
-            gate = baseline_weights(batch, self._cfg, current, behavior, segments, loss_has_ratio=self._loss_has_ratio)
+            gate = baseline_weights(batch, self._cfg, current, behavior, loss_has_ratio=self._loss_has_ratio)
         else:
-            gate = gate_by_drift(batch, self._cfg, current, behavior, segments, self.strength)
-            self._remember_mismatch(batch, current, segments)
+            rows = drifting_rows(batch, current, behavior)
+            gate = gate_by_drift(batch, self._cfg, rows, behavior, self.strength)
+            error = sampling_error(batch, rows)
+            self._remember_mismatch(batch, current)
         measured = tuple(not fresh for fresh in batch.fresh)
         self._remember_drift(batch, gate, measured)
-        return Weighed(gate, segments, measured, sampling_error(batch, self._cfg, current, behavior, segments))
+        return Weighed(gate, segments, measured, error)
 
     @property
     def weighs_fresh(self) -> bool:
@@ -183,7 +201,7 @@ class StepGate:
         entries = _used_segments(batch, gate, gate.segment_drift.abs())
         self._seen.drift += [entry for entry, is_measured in zip(entries, measured, strict=True) if is_measured]
 
-    def _remember_mismatch(self, batch: Microbatch, current: Tensor, segments: Tensor) -> None:
+    def _remember_mismatch(self, batch: Microbatch, current: Tensor) -> None:
         """What the gate would take for drift where learner and engine hold the same weights."""
         if not self._cfg.calibrate or not any(batch.fresh):
             return
@@ -192,7 +210,7 @@ class StepGate:
             batch.to_rows(current.detach().float()),
             batch.to_rows(batch.engine_logprobs),
             valid,
-            segments,
+            batch.segments.ids,
             tau=0.0,
             statistic=self._cfg.statistic.name,  # type: ignore[arg-type]
             normalize="none",

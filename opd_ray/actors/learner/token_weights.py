@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from opd_ray.actors.learner.behavior_memory import Behavior
+from opd_ray.actors.learner.columns import needs_token_versions
 from opd_ray.actors.learner.microbatch import Microbatch
-from opd_ray.choices import BehaviorSource, GateKind, GateNormalize, TauMode
+from opd_ray.choices import BehaviorSource, GateKind, GateNormalize
 from opd_ray.config import GateConfig
 from opd_ray.objective import (
     GateResult,
@@ -66,25 +67,27 @@ def measured_tokens(batch: Microbatch, cfg: GateConfig, segments: Tensor) -> Ten
     return stratified_sample(in_response, segments, tokens_per_segment=cfg.drift_tokens, seeds=seeds)
 
 
-def gate_without_drift(batch: Microbatch, segments: Tensor) -> GateResult:
+def gate_without_drift(batch: Microbatch) -> GateResult:
     """The gate where all trajectories are fresh or nothing is gated: every valid token weighs one."""
     zero = batch.to_rows(torch.zeros_like(batch.engine_logprobs))
-    return drift_gate(
-        zero, zero, batch.to_rows(batch.valid), segments, tau=0.0, statistic="signed_mean", normalize="none"
-    )
+    valid, segments = batch.to_rows(batch.valid), batch.segments.ids
+    return drift_gate(zero, zero, valid, segments, tau=0.0, statistic="signed_mean", normalize="none")
 
 
 def gate_by_drift(
-    batch: Microbatch, cfg: GateConfig, current: Tensor, behavior: Behavior, segments: Tensor, strength: Strength
+    batch: Microbatch, cfg: GateConfig, rows: tuple[Tensor, Tensor], behavior: Behavior, strength: Strength
 ) -> GateResult:
-    """The drift gate of a microbatch; `current` [N], fresh trajectories do not drift.
+    """The drift gate of a microbatch; `rows` as `drifting_rows` gives them.
 
     Weights are raw unless normalised by sequence: the step's normaliser is known after its last microbatch.
     """
-    now, then = _drifting_rows(batch, current, behavior)
+    now, then = rows
+    segments = batch.segments.ids
     tau: float | Tensor = strength.tau
     valid = batch.to_rows(batch.valid)
-    if cfg.tau_mode is TauMode.staleness:
+    if needs_token_versions(cfg):
+        if batch.token_staleness is None:
+            raise ValueError("tau_mode=staleness needs token_staleness: read the version columns")
         tau = staleness_tau(strength.tau, segment_staleness(batch.to_rows(batch.token_staleness), valid, segments))
     floor = torch.tensor([[strength.floor if engine else 0.0] for engine in behavior.from_engine], device=now.device)
     return drift_gate(
@@ -96,7 +99,7 @@ def gate_by_drift(
         statistic=cfg.statistic.name,  # type: ignore[arg-type]
         normalize="sequence" if cfg.normalize is GateNormalize.sequence else "none",
         drift_floor=floor.expand(-1, int(segments.max()) + 1),
-        measured_mask=measured_tokens(batch, cfg, segments),
+        measured_mask=batch.segments.measured,
     )
 
 
@@ -105,7 +108,6 @@ def baseline_weights(
     cfg: GateConfig,
     current: Tensor,
     behavior: Behavior,
-    segments: Tensor,
     *,
     loss_has_ratio: bool,
 ) -> GateResult:
@@ -115,11 +117,11 @@ def baseline_weights(
     the baseline's weight, so that the ratio does not count twice.
     """
     if cfg.kind is GateKind.hard_drop or cfg.behavior_source is BehaviorSource.learner:
-        now, then = _drifting_rows(batch, current, behavior)
+        now, then = drifting_rows(batch, current, behavior)
     else:
         # Against the engine's log-probs, ratios correct the engine mismatch of fresh trajectories too.
         now, then = batch.to_rows(current), batch.to_rows(behavior.logprobs)
-    valid = batch.to_rows(batch.valid)
+    valid, segments = batch.to_rows(batch.valid), batch.segments.ids
     drift = drift_gate(now, then, valid, segments, tau=0.0, statistic="signed_mean", normalize="none")
     if cfg.kind is GateKind.hard_drop:
         gate = hard_drop_gate(drift.segment_drift, limit=cfg.drop_above)
@@ -141,18 +143,19 @@ def baseline_weights(
     return GateResult(weights, gate, drift.segment_drift, drift.segment_tokens, gate.double().log())
 
 
-def sampling_error(
-    batch: Microbatch, cfg: GateConfig, current: Tensor, behavior: Behavior, segments: Tensor
-) -> Tensor | None:
-    """[B, S] standard error of each segment's signed mean drift in nats; None where every token is measured."""
-    measured = measured_tokens(batch, cfg, segments)
-    if measured is None:
+def sampling_error(batch: Microbatch, rows: tuple[Tensor, Tensor]) -> Tensor | None:
+    """[B, S] standard error of each segment's signed mean drift in nats; None where every token is measured.
+
+    `rows` as `drifting_rows` gives them.
+    """
+    segments = batch.segments
+    if segments.measured is None:
         return None
-    now, then = _drifting_rows(batch, current, behavior)
-    return drift_standard_error(now, then, measured, batch.to_rows(batch.valid), segments)
+    now, then = rows
+    return drift_standard_error(now, then, segments.measured, batch.to_rows(batch.valid), segments.ids)
 
 
-def _drifting_rows(batch: Microbatch, current: Tensor, behavior: Behavior) -> tuple[Tensor, Tensor]:
+def drifting_rows(batch: Microbatch, current: Tensor, behavior: Behavior) -> tuple[Tensor, Tensor]:
     """Current and behaviour log-probs [B, T], both zero in fresh trajectories."""
     fresh = batch.fresh_rows
     now, then = batch.to_rows(current.detach().float()), batch.to_rows(behavior.logprobs)

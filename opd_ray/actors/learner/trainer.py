@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opd_ray.actors.learner.behavior_memory import Behavior, BehaviorMemory
+from opd_ray.actors.learner.columns import learner_columns
 from opd_ray.actors.learner.deepspeed_engine import join_ranks, start_engine
 from opd_ray.actors.learner.head_requests import HeadRequests
+from opd_ray.actors.learner.learner_state import LearnerState
 from opd_ray.actors.learner.losses import token_losses
 from opd_ray.actors.learner.microbatch import Microbatch, make_microbatch, select_high_entropy, select_positions
+from opd_ray.actors.learner.optimizer_shards import OptimizerShards
 from opd_ray.actors.learner.policy_model import HeadRequest, HeadValues, PolicyModel
 from opd_ray.actors.learner.spec import LearnerSpec, RankBatch
 from opd_ray.actors.learner.step_gate import StepGate, Weighed
@@ -35,7 +38,7 @@ from opd_ray.choices import GateKind, HeadKernel, ObjectiveKind
 from opd_ray.errors import DivergedError, ModelError
 from opd_ray.objective import gated_token_mean
 from opd_ray.replay.codec import decode
-from opd_ray.replay.rows import scored_rows
+from opd_ray.replay.rows import training_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +66,19 @@ class Trainer:
             raise ModelError("learner.head_kernel=triton needs a learner on a GPU: set learner.head_kernel=torch")
         policy = PolicyModel(language_model, spec.learner.head_kernel.value)
         newlines = torch.from_numpy(newline_token_mask(self._tokenizer, policy.head_weight.shape[0]))
+        self._columns = learner_columns(spec.objective, spec.gate, probes=spec.probe_positions > 0)
         self._masks = TokenMasks(spec.objective.mask_rules, self._tokenizer)
         self._memory = BehaviorMemory(spec.gate.behavior_source, spec.reuse)
         loss_has_ratio = spec.objective.kind is ObjectiveKind.opd
         self._gate = StepGate(spec.gate, newlines.to(self._device), seed=spec.seed, loss_has_ratio=loss_has_ratio)
         self._requests = HeadRequests(spec, self._gate, self._memory)
         self._engine = start_engine(policy, spec.learner, num_ranks=spec.num_ranks, num_steps=spec.num_steps)
-        self._weights = StudentWeights(policy, rank=spec.rank, zero_stage=spec.learner.zero_stage)
+        zero_stage = spec.learner.zero_stage
+        self._weights = StudentWeights(
+            policy, getattr(torch, spec.publish_dtype), rank=spec.rank, is_sharded=zero_stage == 3
+        )
+        shards = OptimizerShards(self._engine, policy, rank=spec.rank, zero_stage=zero_stage)
+        self._state = LearnerState(self._engine, shards, self._memory, self._gate, self._device)
 
     def train_step(self, batch: RankBatch, payloads: Sequence[Any]) -> RankReport:
         """One optimizer step; returns this rank's sums. Raises `DivergedError` on a non-finite loss or norm."""
@@ -102,7 +111,7 @@ class Trainer:
         """This rank's microbatches; None is a placeholder, as every rank must call backward equally often."""
         mine = {i for members in batch.microbatches for i in members}
         needed = {batch.rows[i][0] for i in mine}
-        decoded = {payload: scored_rows(decode(payloads[payload])) for payload in needed}
+        decoded = {i: training_rows(decode(payloads[i], columns=self._columns)) for i in needed}
         micros: list[Microbatch | None] = []
         for members in batch.microbatches:
             if not members:
@@ -111,7 +120,7 @@ class Trainer:
             rows = [decoded[payload][row] for payload, row in (batch.rows[i] for i in members)]
             infos = [batch.infos[i] for i in members]
             micro = make_microbatch(rows, infos, members, pad_id=self._pad_id, device=self._device)
-            micros.append(select_positions(micro, self._spec.objective, self._masks))
+            micros.append(self._gate.segmented(select_positions(micro, self._spec.objective, self._masks)))
         return micros
 
     def _planned(self, batch: RankBatch, micros: list[Microbatch | None], record: StepRecord) -> list[Weighed | None]:
@@ -194,13 +203,26 @@ class Trainer:
         optimizer.loss_scale = 1.0
         return num_tokens / report.divisor if report.divisor > 0 else 1.0
 
-    def export(self) -> list[WeightBucket] | None:
-        """All weights in the rollout engines' dtype (rank 0; None elsewhere)."""
-        return self._weights.export(self._spec.publish_dtype)
+    @property
+    def num_buckets(self) -> int:
+        """Number of buckets that `export` yields."""
+        return self._weights.num_buckets
+
+    def export(self) -> Iterator[WeightBucket]:
+        """All weights in the rollout engines' dtype (rank 0; nothing elsewhere, but every rank must exhaust it)."""
+        return self._weights.export()
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer with `save_pretrained` (rank 0)."""
         self._weights.save(folder, self._tokenizer)
+
+    def save_state(self, folder: Path) -> None:
+        """Write what an exact resume needs into `folder`; raises `CheckpointError`."""
+        self._state.save(folder)
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from a saved state; raises `CheckpointError`, then nothing has changed."""
+        self._state.load(folder)
 
     def close(self) -> None:
         """Leave the process group."""

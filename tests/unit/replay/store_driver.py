@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from opd_ray.types import BatchReceipt, TrajectoryReceipt
@@ -44,11 +44,13 @@ class WaitsError(Exception):
     """The call did not return at once."""
 
 
-async def at_once(call: Coroutine[Any, Any, Result]) -> Result:
-    """The call's result; raises `WaitsError`, and cancels it, if it has none yet."""
+async def at_once(call: Coroutine[Any, Any, Result], is_busy: Callable[[], bool] = lambda: False) -> Result:
+    """The call's result; raises `WaitsError`, and cancels it, if it has none yet though nothing is busy."""
     task = asyncio.ensure_future(call)
     for _ in range(3):
         await asyncio.sleep(0)
+    while not task.done() and is_busy():
+        await asyncio.sleep(0.0002)
     if not task.done():
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

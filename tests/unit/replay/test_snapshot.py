@@ -15,7 +15,7 @@ from opd_ray.choices import ReplayOrder, StalePolicy
 from opd_ray.errors import LedgerError, SnapshotError, StoreError
 from opd_ray.replay.codec import decode
 from opd_ray.replay.schema import BatchSpec
-from opd_ray.replay.snapshot import INDEX
+from opd_ray.replay.snapshot_files import INDEX
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
 from tests.unit.replay.batches import FINGERPRINT, scored_buffer
@@ -231,7 +231,7 @@ def test_foreign_snapshots_and_used_stores_are_refused(tmp_path: Path) -> None:
             await ReplayStore(StoreConfig(2, reuse=2)).restore(folder, text)
         used = ReplayStore(StoreConfig(2))
         await at_once(used.acquire_slots(1))
-        with pytest.raises(StoreError, match="in use"):
+        with pytest.raises(StoreError, match="was in use"):
             await used.restore(folder, text)
         assert list(used.pending()) == [0]
 
@@ -283,5 +283,26 @@ def test_a_snapshot_that_fails_leaves_the_older_one(tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(SnapshotError, match="cannot be written"):
             await store.snapshot(tmp_path / "file" / "snapshot", identity)
+
+    asyncio.run(scenario())
+
+
+def test_a_steps_end_and_its_snapshot_are_one_instant(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = StoreConfig(2)
+        store = ReplayStore(config)
+        store.append(receipt(await at_once(store.acquire_slots(2))), [b"a"])
+        batch = await at_once(store.sample(2, 0))
+        assert batch is not None
+        waiting = asyncio.ensure_future(store.acquire_slots(2))
+        await asyncio.sleep(0)
+        assert await store.release_and_snapshot(batch.slots, 1, tmp_path / "snapshot", identity) == 2
+        assert waiting.done() and store.ledger()["in_flight"] == 2  # it went on meanwhile
+        restored = ReplayStore(config)
+        assert await restored.restore(tmp_path / "snapshot", text) == 2
+        assert restored.pending() == {}
+        books = restored.ledger()
+        assert (books["started"], books["trained"], restored.state()["version"]) == (2, 2, 1)
+        assert await at_once(restored.acquire_slots(2)) == await waiting == (2, 3)
 
     asyncio.run(scenario())
