@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 
@@ -34,6 +36,19 @@ def committed_folder(folder: Path) -> Iterator[Path]:
     temporary.rename(folder)
     _sync(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@asynccontextmanager
+async def committed_in_thread(folder: Path) -> AsyncIterator[Path]:
+    """`committed_folder`, which waits for the disk, without holding up the event loop."""
+    commit = committed_folder(folder)
+    temporary = await asyncio.to_thread(commit.__enter__)
+    try:
+        yield temporary
+    except BaseException:
+        await asyncio.to_thread(commit.__exit__, *sys.exc_info())
+        raise
+    await asyncio.to_thread(commit.__exit__, None, None, None)
 
 
 def _sync_tree(folder: Path) -> None:

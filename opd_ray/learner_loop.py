@@ -78,7 +78,7 @@ class LearnerLoop:
             if batch is None:
                 break
             waited = time.monotonic() - begun
-            with self._checkpoints.draft(self.policy_version + 1) as draft:
+            async with self._checkpoints.draft(self.policy_version + 1) as draft:
                 metrics = await self._step(batch, frontier, draft)
                 metrics["time/wait_for_batch_s"] = waited
                 step_s = time.monotonic() - begun

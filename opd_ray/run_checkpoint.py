@@ -16,13 +16,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opd_ray.checkpoint import committed_folder
+from opd_ray.checkpoint import committed_in_thread
 from opd_ray.errors import CheckpointError, OpdError
 
 FORMAT = 1
@@ -88,8 +88,8 @@ class Checkpoints:
         """Whether checkpoints are written."""
         return self._every > 0
 
-    @contextmanager
-    def draft(self, policy_version: int) -> Iterator[CheckpointDraft | None]:
+    @asynccontextmanager
+    async def draft(self, policy_version: int) -> AsyncIterator[CheckpointDraft | None]:
         """A draft if one is due at `policy_version`, committed where the block ends well; else None.
 
         Raises `CheckpointError` when it cannot be written; older checkpoints are then still there.
@@ -99,7 +99,7 @@ class Checkpoints:
             return
         folder = self._folder / f"step-{policy_version:06d}"
         try:
-            with committed_folder(folder) as temporary:
+            async with committed_in_thread(folder) as temporary:
                 draft = CheckpointDraft(temporary, folder)
                 yield draft
                 self._write_index(draft, policy_version)

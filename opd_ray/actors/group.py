@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayActorError, RayTaskError
 
 from opd_ray.errors import ActorDiedError, ActorError, DeadlineError, OpdError
 from opd_ray.placement import Share
@@ -52,7 +53,7 @@ def worker_env(share: Share) -> dict[str, str]:
 class _Recipe:
     """How a group's actors are made; `args` has one tuple of constructor arguments for each."""
 
-    worker_class: type
+    actor_class: Any
     args: tuple[tuple[Any, ...], ...]
     options: dict[str, Any]
 
@@ -90,12 +91,8 @@ class WorkerGroup:
     def _spawn(self, index: int) -> Any:
         if self._recipe is None:
             raise RuntimeError(f"the group {self.role} was not started: call start first")
-        name = f"{self.role}-{index}"
-        if self.num_restarts:
-            # The dead actor's name may not be free yet.
-            name += f"-restart-{self.num_restarts}"
-        actor_class: Any = self._recipe.worker_class
-        return actor_class.options(name=name, **self._recipe.options).remote(*self._recipe.args[index])
+        recipe = self._recipe
+        return start_named(recipe.actor_class, f"{self.role}-{index}", recipe.options, recipe.args[index])
 
     async def ready(self) -> None:
         """Wait until every actor has been constructed."""
@@ -167,6 +164,14 @@ class WorkerGroup:
 
     def _kill(self, worker: Any) -> None:
         ray.kill(worker, no_restart=True)
+
+
+def start_named(actor_class: Any, name: str, options: dict[str, Any], args: Sequence[Any], **kwargs: Any) -> Any:
+    """Start an actor under `name`, with something added while an actor that died still has it; returns its handle."""
+    try:
+        return actor_class.options(name=name, **options).remote(*args, **kwargs)
+    except ActorAlreadyExistsError:
+        return actor_class.options(name=f"{name}-{uuid.uuid4().hex[:4]}", **options).remote(*args, **kwargs)
 
 
 async def remote_result(ref: Any, actor: str, deadline_s: float) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from opd_ray.actors.group import remote_result
+from opd_ray.actors.group import remote_result, start_named
 from opd_ray.config import RunConfig
 from opd_ray.errors import ActorDiedError
 from opd_ray.replay.cohort import SampledBatch
@@ -41,13 +41,13 @@ def store_config(cfg: RunConfig) -> StoreConfig:
     )
 
 
-def start_store(cfg: RunConfig, name: str = NAME) -> Any:
+def start_store(cfg: RunConfig) -> Any:
     """Start the store of a run; returns its handle."""
     # References can be awaited; what comes back from a file is the store's own, so it outlives whoever made it.
     spill = SpillSpace(cfg.replay.spill_bytes, put=ray.put) if cfg.replay.spill_bytes else None
     store_class: Any = ray.remote(ReplayStore)
-    options = store_class.options(name=name, num_cpus=0, max_concurrency=1000)
-    return options.remote(store_config(cfg), spill=spill)
+    options = {"num_cpus": 0, "max_concurrency": 1000}
+    return start_named(store_class, NAME, options, (store_config(cfg),), spill=spill)
 
 
 class StoreClient:
@@ -55,25 +55,24 @@ class StoreClient:
 
     When the store dies, a new one goes on from the last committed snapshot and from what was written down here since
     (`replay.journal`), and the call that met the death is made again; at most `faults.max_restarts` times in a run.
-    `start` makes a store's handle under a name, `kill` ends it, `put` makes a payload reference of a `pyarrow.Buffer`.
+    `start` makes a store's handle, `kill` ends it, `put` makes a payload reference of a `pyarrow.Buffer`.
     """
 
     def __init__(
         self,
         cfg: RunConfig,
-        start: Callable[[RunConfig, str], Any] = start_store,
+        start: Callable[[RunConfig], Any] = start_store,
         kill: Callable[[Any], None] = ray.kill,
         put: Callable[[Any], Any] = ray.put,
     ) -> None:
         self._cfg = cfg
         self._start, self._kill, self._put = start, kill, put
-        self._handle = start(cfg, NAME)
+        self._handle = start(cfg)
         self._mending = asyncio.Lock()
         self._journal = SlotJournal()
         self._snapshot: Path | None = None
         self._uncommitted: tuple[int, int] | None = None
         self._learner_version = 0
-        self._num_stores = 1
         self._dead: Any = None
         self.num_restarts = 0
         # Awaited before a new store takes over: all engines must have the learner's weights then.
@@ -92,9 +91,11 @@ class StoreClient:
 
     async def append(self, receipt: BatchReceipt, payload: Any) -> None:
         """Hand over scored trajectories."""
-        # In a list, so that Ray hands the reference on and not the payload.
-        await self._call("append", receipt, [payload])
-        self._journal.landed([trajectory.slot for trajectory in receipt.trajectories])
+        slots = [trajectory.slot for trajectory in receipt.trajectories]
+        # In a list, so that Ray hands the reference on and not the payload. What `sample` gave out meanwhile has landed,
+        # whatever became of this answer.
+        await self._call("append", receipt, [payload], again=lambda: slots[0] in self._journal.in_flight)
+        self._journal.landed(slots)
 
     async def fail(self, slots: Sequence[int], reason: str) -> None:
         """Slots ended without a trajectory."""
@@ -131,7 +132,7 @@ class StoreClient:
             # A store that died over it comes back with other slots, from the mark before.
             mark = self._journal.mark()
             num_slots = await self._call(
-                "release_and_snapshot", slots, policy_version, folder, as_is, is_made_again=False
+                "release_and_snapshot", slots, policy_version, folder, as_is, again=lambda: False
             )
         self._journal.released(slots)
         self._uncommitted = (mark, num_slots)
@@ -169,7 +170,7 @@ class StoreClient:
     def start_again(self) -> None:
         """End the store, and start an empty one that knows of nothing."""
         self._kill(self._handle)
-        self._handle = self._new()
+        self._handle = self._start(self._cfg)
         self._journal = SlotJournal()
         self._snapshot = self._uncommitted = None
         self._learner_version = 0
@@ -178,13 +179,8 @@ class StoreClient:
         """End the store."""
         self._kill(self._handle)
 
-    def _new(self) -> Any:
-        # The dead store's name may not be free yet.
-        self._num_stores += 1
-        return self._start(self._cfg, f"{NAME}-{self._num_stores}")
-
-    async def _call(self, method: str, *args: Any, is_made_again: bool = True) -> Any:
-        """A call's result; where the store died over it, that of the new store, or None."""
+    async def _call(self, method: str, *args: Any, again: Callable[[], bool] = lambda: True) -> Any:
+        """A call's result; where the store died over it, that of the new store, or None if not `again`."""
         while True:
             handle = self._handle
             try:
@@ -196,7 +192,7 @@ class StoreClient:
             except ActorDiedError as died:
                 error = died
             await self._mend(handle, error)
-            if not is_made_again:
+            if not again():
                 return None
 
     async def _mend(self, dead: Any, error: ActorDiedError) -> None:
@@ -206,7 +202,7 @@ class StoreClient:
             self._dead = dead
             while True:
                 self._count_restart(error)
-                handle = self._new()
+                handle = self._start(self._cfg)
                 await self.before_going_on()
                 since = self._journal.since(self._learner_version, self._learner_version)
                 recovered = handle.recover.remote(since, self._snapshot, self._put)

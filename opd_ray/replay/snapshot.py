@@ -33,6 +33,11 @@ class StoreImage:
     index: dict[str, Any]
     refs: tuple[Any, ...]
 
+    @property
+    def num_given(self) -> int:
+        """Slots that it knows."""
+        return int(self.index["num_given"])
+
 
 def capture(parts: StoreParts, config: StoreConfig, now_s: float) -> StoreImage:
     """The image of a store; raises `StoreError` when batches were released in another order than sampled."""

@@ -9,16 +9,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import sys
-from collections.abc import AsyncIterator, Callable, Container
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Container
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from opd_ray.checkpoint import committed_folder
+from opd_ray.checkpoint import committed_in_thread
 from opd_ray.errors import SnapshotError
 from opd_ray.replay.snapshot import FORMAT, StoreImage
 from opd_ray.replay.spill import Spilled, settled
@@ -29,7 +27,7 @@ INDEX = "index.json"
 async def write_image(image: StoreImage, folder: Path, fetch: Callable[[Any], Any]) -> None:
     """Commit `image` as `folder`; `fetch` makes a payload's bytes, or an awaitable of them, of its reference."""
     try:
-        async with _committed(folder) as temporary:
+        async with committed_in_thread(folder) as temporary:
             checksums = []
             for number, ref in enumerate(image.refs):
                 data = memoryview(ref.data if isinstance(ref, Spilled) else await settled(fetch(ref)))
@@ -60,19 +58,6 @@ async def read_payloads(
         else:
             refs.append(None)
     return StoreImage(index, tuple(refs))
-
-
-@asynccontextmanager
-async def _committed(folder: Path) -> AsyncIterator[Path]:
-    """`committed_folder`, which waits for the disk, in a thread."""
-    commit = committed_folder(folder)
-    temporary = await asyncio.to_thread(commit.__enter__)
-    try:
-        yield temporary
-    except BaseException:
-        await asyncio.to_thread(commit.__exit__, *sys.exc_info())
-        raise
-    await asyncio.to_thread(commit.__exit__, None, None, None)
 
 
 def _write_index(path: Path, index: dict[str, Any]) -> None:

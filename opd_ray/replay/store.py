@@ -197,8 +197,7 @@ class ReplayStore:
         """
         image = capture(self._parts, self._config, self._clock())
         await write_image(image, folder, fetch)
-        num_given: int = image.index["num_given"]
-        return num_given
+        return image.num_given
 
     async def release_and_snapshot(
         self, slots: Sequence[int], policy_version: int, folder: Path, fetch: Callable[[Any], Any]

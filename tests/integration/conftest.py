@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.integration.variants import VariantGroup
+
+if TYPE_CHECKING:
+    from tests.integration.runs import Engines
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -79,3 +83,28 @@ def two_ranks(ray_cluster: None) -> Iterator[VariantGroup]:
     group = VariantGroup(2)
     yield group
     group.stop()
+
+
+@pytest.fixture(scope="session")
+def engines(ray_cluster: None, student_folder: Path, teacher_folder: Path) -> Iterator[Engines]:
+    """A rollout engine and a teacher that several tests share; whoever kills them has them replaced."""
+    import asyncio
+
+    from opd_ray.actors.preflight import PreflightSpec, preflight
+    from opd_ray.actors.rollout import RolloutGroup
+    from opd_ray.actors.teacher import TeacherGroup
+    from tests.integration.runs import NO_SHARE, Engines, small_config
+
+    cfg = small_config("lsm_block64", "faults.max_restarts=20")
+    report = preflight(PreflightSpec.of(cfg, str(student_folder), str(teacher_folder)), [], [])
+    rollout = RolloutGroup.create(cfg, NO_SHARE, [str(student_folder)])
+    teacher = TeacherGroup.create(cfg, NO_SHARE, report.vocab_size, report.tokenizer_fingerprint, str(teacher_folder))
+
+    async def ready() -> None:
+        await asyncio.gather(rollout.ready(), teacher.ready())
+
+    asyncio.run(ready())
+    yield Engines(rollout, teacher, str(student_folder))
+    asyncio.run(rollout.stop())
+    rollout.shutdown()
+    teacher.shutdown()

@@ -65,6 +65,7 @@ class RunRecord:
 
     metrics: list[Mapping[str, Any]] = field(default_factory=list)
     slots: list[tuple[int, ...]] = field(default_factory=list)
+    seen: list[SampledBatch] = field(default_factory=list)
     ledger: dict[str, int] = field(default_factory=dict)
     state: dict[str, int] = field(default_factory=dict)
 
@@ -72,6 +73,7 @@ class RunRecord:
         """Take in a step."""
         self.metrics.append({"step": step, **metrics})
         self.slots.append(batch.slots)
+        self.seen.append(batch)
 
     def go_back_to(self, checkpoint: Checkpoint | None) -> None:
         """Forget the steps after a checkpoint."""
@@ -96,12 +98,15 @@ def train(
     folder: Path | None = None,
     checkpoint: Checkpoint | None = None,
     during: Hook | None = None,
+    seen: list[SampledBatch] | None = None,
 ) -> RunRecord:
     """Train with fresh learner and store; `before` and `after` are async hooks around the training, `during` beside it.
 
-    Checkpoints go to `folder`, if there is one.
+    Checkpoints go to `folder`, if there is one; `seen` takes in the batches of all steps, as they come.
     """
-    return asyncio.run(_train(cfg, engines, (before, during, after), folder, checkpoint))
+    record = RunRecord(seen=[] if seen is None else seen)
+    asyncio.run(_train(cfg, engines, (before, during, after), folder, checkpoint, record))
+    return record
 
 
 async def _train(
@@ -110,9 +115,9 @@ async def _train(
     hooks: tuple[Hook | None, Hook | None, Hook | None],
     folder: Path | None,
     checkpoint: Checkpoint | None,
-) -> RunRecord:
+    record: RunRecord,
+) -> None:
     before, during, after = hooks
-    record = RunRecord()
     learner = LearnerGroup.create(cfg, NO_SHARE, engines.student_path)
     store = StoreClient(cfg)
     groups = Groups(engines.rollout, engines.teacher, learner, store)
@@ -139,4 +144,3 @@ async def _train(
         await asyncio.gather(learner.stop(), return_exceptions=True)
         learner.shutdown()
         store.shutdown()
-    return record

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = [
-    "num_steps=4",
+    "num_steps=8",
     "evaluation.num_problems=4",
     "evaluation.samples_per_problem=8",
     "rollout.prompts_per_step=2",
@@ -74,18 +74,18 @@ def test_what_a_run_leaves(short_run: tuple[Path, str]) -> None:
     folder = (runs / "latest").resolve()
     assert folder.parent == runs.resolve() and folder.name.startswith("lsm_block64-tiny-s0-")
     summary = json.loads((runs / "latest" / "summary.json").read_text())
-    assert (summary["experiment"], summary["scale"], summary["seed"], summary["steps"]) == ("lsm_block64", "tiny", 0, 4)
+    assert (summary["experiment"], summary["scale"], summary["seed"], summary["steps"]) == ("lsm_block64", "tiny", 0, 8)
     for moment in ("before", "after", "teacher"):
         figures = summary["eval"][moment]
         assert 0 <= figures["avg_at_8"] <= figures["pass_at_8"] <= 1
     assert summary["eval"]["teacher"]["avg_at_8"] > summary["eval"]["before"]["avg_at_8"]
     books = summary["ledger"]
-    assert books["started"] == books["trained"] == 16
+    assert books["started"] == books["trained"] == 32
     assert summary["wall_s"] > summary["training_s"] > 0 and summary["tokens_per_s"] > 0
     assert json.loads((folder / "status.json").read_text())["status"] == "finished"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "learner/loss/mean" in row]
-    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert [row["step"] for row in steps] == list(range(1, 9))
     for key in ("min", "p05", "mean", "max", "share_under_half"):
         assert all(f"gate/value/{key}" in row for row in steps)
     assert (folder / "wandb").is_dir()
@@ -159,6 +159,45 @@ def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.startswith("opd_ray: error: runs_dir=") and len(err.strip().splitlines()) == 1
+
+
+def run_folder(runs: Path) -> Path:
+    (folder,) = (path for path in runs.iterdir() if path.name != "latest")
+    return folder
+
+
+def losses(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [(row["step"], row["learner/loss/mean"]) for row in rows if "learner/loss/mean" in row]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_killed_and_resumed_it_is_the_unbroken_run(short_run: tuple[Path, str], tmp_path: Path) -> None:
+    """SIGKILL in the middle, the same command again: the same losses to the last bit, the same trajectories."""
+    runs = tmp_path / "runs"
+    args = [*SHORT, "evaluation.path=''", "checkpoint.every=1", f"runs_dir={runs}"]
+    process = start(*args)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step 3/" in line:
+            break
+    children = descendants(process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert_gone(children, within_s=60)
+    folder = run_folder(runs)
+    assert 3 <= len(losses(folder)) < 8
+    process = start(*args)
+    _, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    assert "going on with" in err and "from step" in err
+    assert run_folder(runs) == folder
+    unbroken = (short_run[0] / "latest").resolve()
+    assert losses(folder) == losses(unbroken)
+    assert (folder / "trained.jsonl").read_text() == (unbroken / "trained.jsonl").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 8 and summary["ledger"]["trained"] == 32
 
 
 def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:

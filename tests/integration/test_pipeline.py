@@ -3,45 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
 
-from opd_ray.actors.preflight import PreflightSpec, preflight
-from opd_ray.actors.rollout import RolloutGroup
-from opd_ray.actors.teacher import TeacherGroup
 from opd_ray.actors.weights import WeightBucket
 from opd_ray.controller import Controller, Groups
 from opd_ray.errors import WeightSyncError
 from opd_ray.replay.codec import decode
 from opd_ray.replay.rows import rollout_rows, scored_rows
 from opd_ray.types import Prompt, RolloutRequest, WeightsReceipt
-from tests.integration.runs import NO_SHARE, Engines, RunRecord, small_config, train
+from tests.integration.runs import Engines, RunRecord, small_config, train
 
 pytestmark = pytest.mark.integration
 
 EXPERIMENTS = ["opd", "opd_block64", "opd_newline", "lsm", "lsm_block64", "lsm_newline", "lsm_block64_shuffle"]
-
-
-@pytest.fixture(scope="module")
-def engines(ray_cluster: None, student_folder: Path, teacher_folder: Path) -> Iterator[Engines]:
-    cfg = small_config("lsm_block64")
-    report = preflight(PreflightSpec.of(cfg, str(student_folder), str(teacher_folder)), [], [])
-    rollout = RolloutGroup.create(cfg, NO_SHARE, [str(student_folder)])
-    teacher = TeacherGroup.create(cfg, NO_SHARE, report.vocab_size, report.tokenizer_fingerprint, str(teacher_folder))
-
-    async def ready() -> None:
-        await asyncio.gather(rollout.ready(), teacher.ready())
-
-    asyncio.run(ready())
-    yield Engines(rollout, teacher, str(student_folder))
-    asyncio.run(rollout.stop())
-    rollout.shutdown()
-    teacher.shutdown()
 
 
 def assert_balanced(record: RunRecord) -> None:

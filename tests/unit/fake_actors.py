@@ -259,7 +259,7 @@ class Run:
         self.engines.begin(self.world, cfg.rollout.num_engines)
         self.teachers = FakeTeachers("teacher", cfg.deadline_s, limit)
         self.teachers.begin(self.world, cfg.teacher.num_workers)
-        self.learner: Any = FakeLearner(self.world, limit)
+        self.learner = FakeLearner(self.world, limit)
         self.store = StoreClient(cfg, self._start_store, lambda handle: handle.kill(), lambda payload: payload)
         source = PromptSource(
             [Prompt(id=str(i), problem="1+1=") for i in range(self.num_prompts)], 0, cfg.data.epochs or None
@@ -267,17 +267,18 @@ class Run:
         every = cfg.checkpoint.every if self.folder else 0
         checkpoints = Checkpoints(self.folder or Path("none"), every, cfg.checkpoint.keep, {}, dict)
         teachers: Any = self.teachers
+        learner: Any = self.learner
         self.controller = Controller(
             cfg,
-            Groups(self.engines, teachers, self.learner, self.store),
+            Groups(self.engines, teachers, learner, self.store),
             source,
             [],
             Outputs(self._step_done, self._go_back, checkpoints),
         )
 
-    def _start_store(self, cfg: RunConfig, name: str) -> Handle:
+    def _start_store(self, cfg: RunConfig) -> Handle:
         self.stores.append(ReplayStore(store_config(cfg)))
-        self.handles.append(Handle(self.stores[-1], name))
+        self.handles.append(Handle(self.stores[-1], "replay-store"))
         return self.handles[-1]
 
     def _step_done(self, step: int, batch: SampledBatch, metrics: Mapping[str, Any]) -> None:

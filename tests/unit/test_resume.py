@@ -111,8 +111,13 @@ def test_only_the_newest_checkpoints_stay_and_a_failed_one_leaves_nothing(tmp_pa
         "student",
     }
     checkpoints = Checkpoints(tmp_path, 1, 2, {}, dict)
-    with pytest.raises(CheckpointError, match="No space left on device: make room|No space left"), checkpoints.draft(9):
-        raise OSError(28, "No space left on device")
+
+    async def fail() -> None:
+        async with checkpoints.draft(9):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"step-000009 cannot be written \(No space left on device\): make room"):
+        asyncio.run(fail())
     assert sorted(path.name for path in folders.iterdir()) == ["step-000006", "step-000008"]
 
 
@@ -120,8 +125,12 @@ def a_run(cfg: RunConfig, values: dict[str, Any], status: str = "interrupted", w
     """A run folder as a run of `cfg` leaves it."""
     folder = RunFolder.create(cfg.runs_dir, cfg.run_name)
     if with_checkpoint:
-        with Checkpoints(folder.path, 1, 1, values, dict).draft(3):
-            pass
+
+        async def commit() -> None:
+            async with Checkpoints(folder.path, 1, 1, values, dict).draft(3):
+                pass
+
+        asyncio.run(commit())
     folder.mark(status)  # type: ignore[arg-type]
     folder.close()
     return folder.path

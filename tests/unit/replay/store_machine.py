@@ -273,7 +273,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert info.visits == self.visits[info.slot] <= self.config.reuse
             assert info.staleness == self.learner - self.acquired_at[info.slot]
             assert info.staleness <= self.config.sweep_bound + info.visits - 1
-            assert batch.refs[ref_index].data == self.data_of[info.slot]
+            ref = batch.refs[ref_index]
+            assert isinstance(ref, Payload) and ref.data == self.data_of[info.slot]
         if batch.infos[0].visits == 1:
             assert len(batch.slots) == size
             self.check_order(batch.slots, ready)

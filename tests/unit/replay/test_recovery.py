@@ -66,7 +66,7 @@ def test_from_a_snapshot_untouched_rows_stay_and_the_running_cohort_is_given_up(
         config = StoreConfig(2, reuse=2, max_staleness=9)
         store, journal = ReplayStore(config), SlotJournal()
         journal.acquired(await at_once(store.acquire_slots(8)))
-        store.append(receipt(range(6)), [b"first"])
+        store.append(receipt([*range(6)]), [b"first"])
         journal.landed(range(6))
         num_snapshot = await store.snapshot(tmp_path / "snapshot", as_is)
         journal.snapshot_taken(journal.mark(), num_snapshot)
@@ -146,6 +146,27 @@ def test_only_payloads_that_are_needed_are_read(tmp_path: Path) -> None:
         await store.recover(journal.since(0, 1), tmp_path / "snapshot", lambda data: put.append(bytes(data)))
         assert put == [b"1"]
         assert store.state()["payloads"] == 1 and store.ledger()["trained"] == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_row_that_failed_after_its_append_was_not_answered_stays_failed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config, journal = StoreConfig(2, max_staleness=3), SlotJournal()
+        store = ReplayStore(config)
+        journal.acquired(await at_once(store.acquire_slots(2)))
+        mark = journal.mark()
+        store.append(receipt([0, 1]), [b"a"])  # the store dies over it, after a snapshot
+        journal.snapshot_taken(mark, await store.snapshot(tmp_path / "snapshot", as_is))
+        store = await recovered(config, journal, (0, 0), tmp_path / "snapshot")
+        assert list(store.pending()) == [0, 1]
+        store.append(receipt([0]), [b"a"])
+        journal.landed([0])
+        store.fail([1], "payload_lost")
+        journal.failed([1], "payload_lost")
+        store = await recovered(config, journal, (0, 0), tmp_path / "snapshot")
+        books = store.ledger()
+        assert (books["in_store"], books["failed/payload_lost"], books["evicted"]) == (1, 1, 0)
 
     asyncio.run(scenario())
 

@@ -30,6 +30,7 @@ class RecoveryMachine(StoreMachine):
     @precondition(lambda self: self.uncommitted is not None)
     @rule()
     def commit(self) -> None:
+        assert self.mark is not None and self.uncommitted is not None
         self.journal.snapshot_taken(self.mark, self.uncommitted.num_given)
         self.shot, self.mark, self.uncommitted = self.uncommitted, None, None
 
