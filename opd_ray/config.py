@@ -122,6 +122,9 @@ class ReplayConfig:
     max_bytes: int = ranged(0, "bytes of stored and expected payloads above which generation waits, 0 = any", ge=0)
     spill_bytes: int = ranged(0, "bytes of payloads in memory above which the rest go to files, 0 = never", ge=0)
     logprob_dtype: LogprobDtype = documented(LogprobDtype.float16, "dtype of stored teacher top-K log-probs")
+    sampled_logprob_dtype: LogprobDtype = documented(
+        LogprobDtype.float32, "dtype of stored log-probs of the sampled tokens, the student's and the teacher's"
+    )
 
 
 @dataclass(kw_only=True, slots=True)

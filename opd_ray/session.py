@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,13 +25,13 @@ from opd_ray.config import RunConfig
 from opd_ray.config_checks import announcements
 from opd_ray.controller import Controller, Groups, Outputs, evaluate, evaluation_metrics
 from opd_ray.data.source import PromptSource
-from opd_ray.errors import ActorError, OpdError
+from opd_ray.errors import ActorError, CheckpointError, OpdError
 from opd_ray.placement import ResourcePlan, Share, plan_resources
-from opd_ray.report.table import results_table
 from opd_ray.resume import checkpoint_to_resume
-from opd_ray.run_checkpoint import Checkpoint, Checkpoints
+from opd_ray.run_checkpoint import Checkpoint, Checkpoints, latest_checkpoint
 from opd_ray.run_folder import RunFolder
 from opd_ray.run_outputs import RunOutputs
+from opd_ray.run_summary import Evaluations, closing_words, shown, summary
 from opd_ray.sources import evaluation_problems, model_path, training_prompts
 from opd_ray.telemetry.progress import Progress
 from opd_ray.types import Prompt
@@ -41,15 +40,6 @@ TEACHER_ENGINE_ROLE = "teacher-engine"
 STOP_S = 5.0
 
 logger = logging.getLogger("opd_ray")
-
-
-@dataclass(slots=True)
-class Evaluations:
-    """`EvaluationResult.as_dict` by moment; None where there was none."""
-
-    before: dict[str, float] | None = None
-    after: dict[str, float] | None = None
-    teacher: dict[str, float] | None = None
 
 
 def run_session(cfg: RunConfig, config_yaml: str, config_values: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,7 +55,7 @@ def run_session(cfg: RunConfig, config_yaml: str, config_values: Mapping[str, An
     else:
         folder = RunFolder.reopen(checkpoint.folder.parents[1])
         sys.stderr.write(
-            f"opd_ray: note: going on with {_shown(folder.path)} from step {checkpoint.policy_version} "
+            f"opd_ray: note: going on with {shown(folder.path)} from step {checkpoint.policy_version} "
             "(resume=never starts a new run)\n"
         )
     for text in announcements(cfg):
@@ -135,12 +125,15 @@ class Session:
                 source = PromptSource([prompts[i] for i in report.kept], self.cfg.seed, self.cfg.data.epochs or None)
                 controller = await self._start(plan, report, source, problems)
                 await self._train(controller, problems)
-                summary = await self._summary(controller)
+                wall_s = time.monotonic() - self.started
+                report_of_run = summary(
+                    self.cfg, controller.totals, self.evaluations, await controller.ledger(), wall_s
+                )
             finally:
                 await self._stop()
-        self.folder.finish(summary)
-        sys.stdout.write(self._closing_words())
-        return summary
+        self.folder.finish(report_of_run)
+        sys.stdout.write(closing_words(self.folder.path, self.evaluations))
+        return report_of_run
 
     def _start_ray(self) -> ResourcePlan:
         if not ray.is_initialized():
@@ -252,20 +245,6 @@ class Session:
             # What ended the training is the error to show.
             logger.warning("the ledger could not be written: %s", error)
 
-    async def _summary(self, controller: Controller) -> dict[str, Any]:
-        totals = controller.totals
-        return {
-            "experiment": self.cfg.experiment,
-            "scale": self.cfg.scale,
-            "seed": self.cfg.seed,
-            "steps": totals.steps,
-            "wall_s": time.monotonic() - self.started,
-            "training_s": totals.wall_s,
-            "tokens_per_s": totals.trained_tokens / totals.wall_s if totals.wall_s else 0.0,
-            "eval": asdict(self.evaluations),
-            "ledger": await controller.ledger(),
-        }
-
     def _phase(self, text: str) -> None:
         logger.info(text)
         if self._progress is not None:
@@ -291,24 +270,14 @@ class Session:
         if not self.is_training and self.checkpoint is None and not isinstance(error, ActorError):
             shutil.rmtree(self.folder.path, ignore_errors=True)
             return
+        if (latest := self._latest_checkpoint()) is not None:
+            sys.stderr.write(f"opd_ray: note: the same command goes on from step {latest.policy_version}\n")
         interrupted = isinstance(error, (KeyboardInterrupt, asyncio.CancelledError))
         logger.error("the run ended early: %s", "interrupted" if interrupted else error)
         self.folder.mark("interrupted" if interrupted else "failed", None if interrupted else str(error))
 
-    def _closing_words(self) -> str:
-        table = results_table(**asdict(self.evaluations))
-        folder, latest = self.folder.path, _shown(self.folder.path.parent / "latest")
-        python = _shown(Path(sys.executable))
-        return (
-            f"\n{table}\n\n"
-            f"run folder:     {folder}\n"
-            f"student:        {folder / 'student'} (for transformers and vLLM)\n"
-            f"look at it:     {python} -m opd_ray.report.learning_curve {latest} --out curve.png\n"
-            f"next, no gate:  {python} -m opd_ray.main +experiment=lsm\n"
-        )
-
-
-def _shown(path: Path) -> str:
-    """A path as it can be typed here: relative where it lies below the current folder."""
-    # Not resolved: a virtual environment's interpreter is a link that must be called by its own name.
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    def _latest_checkpoint(self) -> Checkpoint | None:
+        try:
+            return latest_checkpoint(self.folder.path)
+        except CheckpointError:
+            return None

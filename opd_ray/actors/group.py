@@ -174,8 +174,8 @@ def start_named(actor_class: Any, name: str, options: dict[str, Any], args: Sequ
         return actor_class.options(name=f"{name}-{uuid.uuid4().hex[:4]}", **options).remote(*args, **kwargs)
 
 
-async def remote_result(ref: Any, actor: str, deadline_s: float) -> Any:
-    """Await an object reference.
+async def remote_result(ref: Any, actor: str, deadline_s: float | None) -> Any:
+    """Await an object reference; `deadline_s` None: as long as it takes.
 
     Raises the actor's own `OpdError`, `ActorDiedError` when its process ended, `DeadlineError` when it gave no answer,
     and `ActorError` when it failed in any other way.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opd_ray.actors.engine_group import EngineGroup
-from opd_ray.choices import OnNewWeights, Support, Template
+from opd_ray.choices import LogprobDtype, OnNewWeights, Support, Template
 from opd_ray.config import RunConfig
 from opd_ray.errors import ModelError
 from opd_ray.evaluation.scoring import Completion
@@ -49,6 +49,7 @@ class RolloutSpec:
     support: Support
     top_k: int
     on_new_weights: OnNewWeights
+    sampled_logprob_dtype: LogprobDtype
 
     @classmethod
     def of(cls, cfg: RunConfig, name: str, model_path: str, dtype: str) -> RolloutSpec:
@@ -72,6 +73,7 @@ class RolloutSpec:
             support=cfg.teacher.support,
             top_k=cfg.teacher.top_k,
             on_new_weights=cfg.rollout.on_new_weights,
+            sampled_logprob_dtype=cfg.replay.sampled_logprob_dtype,
         )
 
     @property
@@ -99,7 +101,12 @@ class RolloutWorker:
         self._tokenizer: Any = load_tokenizer(spec.model_path)
         self._prompts = PromptTokenizer(self._tokenizer, spec.template, spec.model_path)
         fingerprint = tokenizer_fingerprint(self._tokenizer)
-        self._batch_spec = BatchSpec(fingerprint, support=spec.support.name, student_top_k=spec.student_top_k)
+        self._batch_spec = BatchSpec(
+            fingerprint,
+            support=spec.support.name,
+            student_top_k=spec.student_top_k,
+            sampled_logprob_dtype=spec.sampled_logprob_dtype.name,
+        )
         try:
             self._engine = Engine(
                 EngineSpec(

@@ -21,6 +21,7 @@ from opd_ray.replay.store import ReplayStore
 from opd_ray.types import BatchReceipt, Histogram
 
 NAME = "replay-store"
+_WAITING = ("acquire_slots", "sample")
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +93,8 @@ class StoreClient:
     async def append(self, receipt: BatchReceipt, payload: Any) -> None:
         """Hand over scored trajectories."""
         slots = [trajectory.slot for trajectory in receipt.trajectories]
-        # In a list, so that Ray hands the reference on and not the payload. What `sample` gave out meanwhile has landed,
-        # whatever became of this answer.
+        # In a list, so that Ray hands the reference on and not the payload. What `sample` gave out meanwhile has
+        # landed, whatever became of this answer.
         await self._call("append", receipt, [payload], again=lambda: slots[0] in self._journal.in_flight)
         self._journal.landed(slots)
 
@@ -184,7 +185,7 @@ class StoreClient:
         while True:
             handle = self._handle
             try:
-                answer = await remote_result(getattr(handle, method).remote(*args), NAME, self._cfg.deadline_s)
+                answer = await self._answer(handle, method, args)
                 if handle is self._handle and handle is not self._dead:
                     return answer
                 # What the dead store said last is not in the books of the new one.
@@ -195,6 +196,25 @@ class StoreClient:
             if not again():
                 return None
 
+    async def _answer(self, handle: Any, method: str, args: Sequence[Any]) -> Any:
+        """A call's result from one store.
+
+        Those that wait for others may take as long as these, who have deadlines of their own; the store itself must
+        answer to something else meanwhile. Raises `DeadlineError`, `ActorDiedError` and what the store raises.
+        """
+        ref = getattr(handle, method).remote(*args)
+        if method not in _WAITING:
+            return await remote_result(ref, NAME, self._cfg.deadline_s)
+        answer = asyncio.ensure_future(remote_result(ref, NAME, None))
+        try:
+            while True:
+                done, _ = await asyncio.wait({answer}, timeout=self._cfg.deadline_s)
+                if done:
+                    return answer.result()
+                await remote_result(handle.state.remote(), NAME, self._cfg.deadline_s)
+        finally:
+            answer.cancel()
+
     async def _mend(self, dead: Any, error: ActorDiedError) -> None:
         async with self._mending:
             if self._handle is not dead:
@@ -203,16 +223,25 @@ class StoreClient:
             while True:
                 self._count_restart(error)
                 handle = self._start(self._cfg)
-                await self.before_going_on()
-                since = self._journal.since(self._learner_version, self._learner_version)
-                recovered = handle.recover.remote(since, self._snapshot, self._put)
                 try:
-                    await remote_result(recovered, NAME, self._cfg.deadline_s)
-                except ActorDiedError as again:
-                    error = again
-                else:
+                    await self.before_going_on()
+                    death = await self._recover(handle)
+                except BaseException:
+                    self._kill(handle)
+                    raise
+                if death is None:
                     self._handle = handle
                     return
+                error = death
+
+    async def _recover(self, handle: Any) -> ActorDiedError | None:
+        """Tell a new store of what went before; its death if it died over that."""
+        since = self._journal.since(self._learner_version, self._learner_version)
+        try:
+            await remote_result(handle.recover.remote(since, self._snapshot, self._put), NAME, self._cfg.deadline_s)
+        except ActorDiedError as error:
+            return error
+        return None
 
     def _count_restart(self, error: ActorDiedError) -> None:
         limit = self._cfg.faults.max_restarts

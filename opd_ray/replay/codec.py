@@ -20,6 +20,7 @@ from opd_ray.replay.schema import (
     check_types,
     read_spec,
 )
+from opd_ray.replay.stream import StreamDraft
 
 FIX = "check what wrote it"
 
@@ -28,7 +29,9 @@ def encode_rollouts(rows: Sequence[RolloutRow], spec: BatchSpec) -> pa.Buffer:
     """A rollout batch (hop 3) as bytes; raises `SchemaError` when `spec` or a value is wrong."""
     if spec.top_k:
         raise SchemaError(f"top_k = {spec.top_k} of a rollout batch: give 0, and K to add_teacher_columns")
-    return _write([_column(name, [getattr(row, name) for row in rows], spec) for name in spec.columns], spec)
+    draft = StreamDraft()
+    columns = [_column(name, [getattr(row, name) for row in rows], spec, draft) for name in spec.columns]
+    return _write(columns, spec, draft)
 
 
 def add_teacher_columns(
@@ -52,6 +55,7 @@ def add_teacher_columns(
             f"column 'teacher_topk_ids' of a batch with support {spec.support!r}: give its arrays for 'teacher_topk', "
             "and None for 'student_topk', where the batch has them"
         )
+    draft = StreamDraft()
     given = dict(zip(TEACHER_COLUMNS, (teacher_logprobs, teacher_topk_ids, teacher_topk_logprobs), strict=True))
     columns = [batch.column(name) for name in ROLLOUT_COLUMNS]
     for name, arrays in given.items():
@@ -62,8 +66,8 @@ def add_teacher_columns(
             raise SchemaError(
                 f"column {name!r} has {len(arrays)} rows and {batch.num_rows} are expected: give one each"
             )
-        columns.append(_column(name, arrays, spec))
-    return _write(columns, spec)
+        columns.append(_column(name, arrays, spec, draft))
+    return _write(columns, spec, draft)
 
 
 def decode(buffer: Any, *, columns: Iterable[str] | None = None, expected: BatchSpec | None = None) -> pa.RecordBatch:
@@ -73,27 +77,20 @@ def decode(buffer: Any, *, columns: Iterable[str] | None = None, expected: Batch
     Raises `SchemaError` when the bytes are no trajectory batch, or metadata, types, lengths or values are
     wrong.
     """
-    try:
-        with pa.ipc.open_stream(buffer) as reader:
-            names = reader.schema.names
-            batches = list(reader)
-    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
-        raise SchemaError(f"bytes are not an Arrow stream of a trajectory batch ({error}): {FIX}") from error
-    if len(batches) != 1:
-        raise SchemaError(f"an Arrow stream has {len(batches)} record batches and 1 is expected: {FIX}")
-    spec = read_spec(batches[0].schema)
+    batch, names = _read(buffer)
+    spec = read_spec(batch.schema)
     if expected is not None:
         check_spec(spec, expected)
     wanted = list(spec.columns) if columns is None else list(columns)
     missing = [name for name in wanted if names.count(name) != 1]
     if missing:
         raise SchemaError(f"columns {missing} are missing or doubled in a trajectory batch with {names}: {FIX}")
-    kept = batches[0].select(wanted)
+    kept = batch.select(wanted)
     _check(kept, spec)
     return kept
 
 
-def _column(name: str, values: Sequence[Any], spec: BatchSpec) -> ArrowArray:
+def _column(name: str, values: Sequence[Any], spec: BatchSpec, draft: StreamDraft) -> ArrowArray:
     kind = spec.type_of(name)
     if not pa.types.is_list(kind):
         return pa.array(values, type=kind)
@@ -106,50 +103,44 @@ def _column(name: str, values: Sequence[Any], spec: BatchSpec) -> ArrowArray:
             raise SchemaError(f"column {name!r}, row {row}, has shape {array.shape} and {expected} is expected: {FIX}")
     starts = np.zeros(len(arrays) + 1, dtype=np.int32)
     np.cumsum([len(array) for array in arrays], out=starts[1:])
-    leaf = _joined(name, arrays, item)
+    _check_convertible(name, arrays, np.dtype(item.to_pandas_dtype()))
+    leaf = draft.room(arrays, item)
     inner: ArrowArray = pa.FixedSizeListArray.from_arrays(leaf, type=kind.value_type) if tail else leaf
     return pa.ListArray.from_arrays(pa.array(starts, type=pa.int32()), inner, type=kind)
 
 
-def _joined(name: str, arrays: Sequence[Array], item: pa.DataType) -> ArrowArray:
-    """All values one after the other as `item`; raises `SchemaError` rather than turn floats to integers or wrap."""
-    dtype: np.dtype[Any] = np.dtype(item.to_pandas_dtype())
+def _check_convertible(name: str, arrays: Sequence[Array], dtype: np.dtype[Any]) -> None:
+    """Raise `SchemaError` where floats would become integers, or integers wrap."""
     for array in arrays:
-        if array.dtype != dtype and array.size:
-            _check_convertible(name, array, dtype)
-    count = sum(array.size for array in arrays)
-    # Arrow's pool keeps its pages, where numpy's next large array would start on new ones.
-    buffer = pa.allocate_buffer(count * dtype.itemsize)
-    if count:
-        flat: Array = np.frombuffer(memoryview(buffer), dtype=dtype)
-        np.concatenate([array.reshape(-1) for array in arrays], out=flat, casting="unsafe")
-    return pa.Array.from_buffers(item, count, [None, buffer])
+        if array.dtype == dtype or not array.size:
+            continue
+        if (array.dtype.kind in "iu") != (dtype.kind == "i"):
+            raise SchemaError(f"column {name!r} has dtype {array.dtype} and {dtype} is expected: {FIX}")
+        if dtype.kind == "i":
+            limits = np.iinfo(dtype.name)
+            for value in (array.max(), array.min()):
+                if not limits.min <= value <= limits.max:
+                    raise SchemaError(f"column {name!r} has the value {value}, which does not fit {dtype}: {FIX}")
 
 
-def _check_convertible(name: str, values: Array, dtype: np.dtype[Any]) -> None:
-    if (values.dtype.kind in "iu") != (dtype.kind == "i"):
-        raise SchemaError(f"column {name!r} has dtype {values.dtype} and {dtype} is expected: {FIX}")
-    if dtype.kind == "i":
-        limits = np.iinfo(dtype.name)
-        for value in (values.max(), values.min()):
-            if not limits.min <= value <= limits.max:
-                raise SchemaError(f"column {name!r} has the value {value}, which does not fit {dtype}: {FIX}")
+def _write(columns: Sequence[ArrowArray], spec: BatchSpec, draft: StreamDraft) -> pa.Buffer:
+    """Stream bytes of one checked batch."""
+    stream = draft.write(pa.RecordBatch.from_arrays(list(columns), schema=spec.schema()))
+    _check(_read(stream)[0], spec)
+    return stream
 
 
-def _write(columns: Sequence[ArrowArray], spec: BatchSpec) -> pa.Buffer:
-    """Stream bytes of one checked batch, in a buffer of exactly their size: the columns are copied once."""
-    batch = pa.RecordBatch.from_arrays(list(columns), schema=spec.schema())
-    _check(batch, spec)
-    size = pa.MockOutputStream()
-    _write_stream(size, batch)
-    buffer = pa.allocate_buffer(size.size())
-    _write_stream(pa.FixedSizeBufferWriter(buffer), batch)
-    return buffer
-
-
-def _write_stream(sink: pa.NativeFile, batch: pa.RecordBatch) -> None:
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
+def _read(stream: Any) -> tuple[pa.RecordBatch, list[str]]:
+    """The batch in a stream, and the names of its columns."""
+    try:
+        with pa.ipc.open_stream(stream) as reader:
+            names = reader.schema.names
+            batches = list(reader)
+    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
+        raise SchemaError(f"bytes are not an Arrow stream of a trajectory batch ({error}): {FIX}") from error
+    if len(batches) != 1:
+        raise SchemaError(f"an Arrow stream has {len(batches)} record batches and 1 is expected: {FIX}")
+    return batches[0], names
 
 
 def _check(batch: pa.RecordBatch, spec: BatchSpec) -> None:

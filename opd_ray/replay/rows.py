@@ -28,7 +28,7 @@ class RolloutRow:
     prompt_id: str
     prompt_token_ids: npt.NDArray[np.int32]  # [P]
     response_token_ids: npt.NDArray[np.int32]  # [T]
-    behavior_logprobs: npt.NDArray[np.float32]  # [T]
+    behavior_logprobs: npt.NDArray[np.floating[Any]]  # [T]
     version_starts: npt.NDArray[np.int32]  # [S]
     version_values: npt.NDArray[np.int64]  # [S]
     finish_reason: str
@@ -46,7 +46,7 @@ class RolloutRow:
 class ScoredRow(RolloutRow):
     """Hop 5: a trajectory with the teacher's view of its response."""
 
-    teacher_logprobs: npt.NDArray[np.float32]  # [T]
+    teacher_logprobs: npt.NDArray[np.floating[Any]]  # [T]
     teacher_topk_ids: npt.NDArray[np.int32]  # [T, K]
     teacher_topk_logprobs: npt.NDArray[np.floating[Any]]  # [T, K]
 
@@ -57,8 +57,8 @@ class TrainingRow:
 
     prompt_token_ids: npt.NDArray[np.int32]  # [P]
     response_token_ids: npt.NDArray[np.int32]  # [T]
-    behavior_logprobs: npt.NDArray[np.float32]  # [T]
-    teacher_logprobs: npt.NDArray[np.float32]  # [T]
+    behavior_logprobs: npt.NDArray[np.floating[Any]]  # [T]
+    teacher_logprobs: npt.NDArray[np.floating[Any]]  # [T]
     teacher_topk_ids: npt.NDArray[np.int32] | None = None  # [T, K]
     teacher_topk_logprobs: npt.NDArray[np.floating[Any]] | None = None  # [T, K]
     version_starts: npt.NDArray[np.int32] | None = None  # [S]

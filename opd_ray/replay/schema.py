@@ -8,7 +8,7 @@ slot                 int64               number given out by the store
 prompt_id            utf8                `Prompt.id`
 prompt_token_ids     list<int32> [P]     the student's prompt
 response_token_ids   list<int32> [T]     sampled tokens, at least one
-behavior_logprobs    list<float32> [T]   log-probs of the sampled tokens under the sampling student (nats)
+behavior_logprobs    list<G> [T]         log-probs of the sampled tokens under the sampling student (nats)
 version_starts       list<int32> [S]     response position at which a segment starts; the first is 0
 version_values       list<int64> [S]     policy version of the segment's tokens
 finish_reason        utf8                why the response ended
@@ -25,17 +25,16 @@ student_topk_ids      list<fixed_size_list<int32, K>>  [T, K] the sampling stude
 A *scored* batch (hop 5) has the columns of the first table and
 
 ===================== ================================ ======================================================
-teacher_logprobs      list<float32> [T]                the teacher's log-probs of the sampled tokens (nats)
+teacher_logprobs      list<G> [T]                      the teacher's log-probs of the sampled tokens (nats)
 teacher_topk_ids      list<fixed_size_list<int32, K>>  [T, K] the support: K ids that the teacher was scored at
-teacher_topk_logprobs list<fixed_size_list<F, K>>      [T, K] the teacher's log-probs there (nats); F is float16
-                                                       or float32
+teacher_topk_logprobs list<fixed_size_list<F, K>>      [T, K] the teacher's log-probs there (nats)
 ===================== ================================ ======================================================
 
 The support is the teacher's K most probable ids (``support="teacher_topk"``), or what was ``student_topk_ids`` before
 (``support="student_topk"``): the ids then stand under the new name only, so that a batch never carries them twice.
 
-Metadata: schema version, tokenizer fingerprint, kind of support, K of the scored support (0: not scored), F, and K of
-``student_topk_ids`` (0: no such column). Nothing is null.
+F and G are float16 or float32. Metadata: schema version, tokenizer fingerprint, kind of support, K of the scored
+support (0: not scored), F, K of ``student_topk_ids`` (0: no such column), and G. Nothing is null.
 """
 
 from __future__ import annotations
@@ -46,27 +45,39 @@ import pyarrow as pa
 
 from opd_ray.errors import SchemaError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FIX = "write it with replay.codec"
 SUPPORT_TEACHER_TOPK = "teacher_topk"
 SUPPORT_STUDENT_TOPK = "student_topk"
 SUPPORTS = (SUPPORT_TEACHER_TOPK, SUPPORT_STUDENT_TOPK)
 STUDENT_IDS = "student_topk_ids"
 FLOAT_TYPES: dict[str, pa.DataType] = {"float16": pa.float16(), "float32": pa.float32()}
+SAMPLED_LOGPROBS = ("behavior_logprobs", "teacher_logprobs")
 
-ROLLOUT_TYPES: dict[str, pa.DataType] = {
+# Types that no spec changes.
+FIXED_TYPES: dict[str, pa.DataType] = {
     "slot": pa.int64(),
     "prompt_id": pa.utf8(),
     "prompt_token_ids": pa.list_(pa.int32()),
     "response_token_ids": pa.list_(pa.int32()),
-    "behavior_logprobs": pa.list_(pa.float32()),
     "version_starts": pa.list_(pa.int32()),
     "version_values": pa.list_(pa.int64()),
     "finish_reason": pa.utf8(),
     "temperature": pa.float32(),
     "top_p": pa.float32(),
 }
-ROLLOUT_COLUMNS = tuple(ROLLOUT_TYPES)
+ROLLOUT_COLUMNS = (
+    "slot",
+    "prompt_id",
+    "prompt_token_ids",
+    "response_token_ids",
+    "behavior_logprobs",
+    "version_starts",
+    "version_values",
+    "finish_reason",
+    "temperature",
+    "top_p",
+)
 TEACHER_COLUMNS = ("teacher_logprobs", "teacher_topk_ids", "teacher_topk_logprobs")
 SCORED_COLUMNS = ROLLOUT_COLUMNS + TEACHER_COLUMNS
 
@@ -77,7 +88,8 @@ class BatchSpec:
 
     `top_k` is K of the scored support and 0 in a rollout batch; `logprob_dtype` (float16 or float32) is the dtype of
     `teacher_topk_logprobs`; `tokenizer_fingerprint` identifies the tokenizer that all ids belong to; `support` says
-    whose most probable ids the K ids are; `student_top_k` is K of `student_topk_ids`, 0 without that column.
+    whose most probable ids the K ids are; `student_top_k` is K of `student_topk_ids`, 0 without that column;
+    `sampled_logprob_dtype` (float16 or float32) is the dtype of `behavior_logprobs` and `teacher_logprobs`.
     """
 
     tokenizer_fingerprint: str
@@ -85,6 +97,7 @@ class BatchSpec:
     logprob_dtype: str = "float16"
     support: str = SUPPORT_TEACHER_TOPK
     student_top_k: int = 0
+    sampled_logprob_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if min(self.top_k, self.student_top_k) < 0:
@@ -93,6 +106,7 @@ class BatchSpec:
             )
         for name, value, allowed in (
             ("logprob_dtype", self.logprob_dtype, [*FLOAT_TYPES]),
+            ("sampled_logprob_dtype", self.sampled_logprob_dtype, [*FLOAT_TYPES]),
             ("support", self.support, [*SUPPORTS]),
         ):
             if value not in allowed:
@@ -109,7 +123,12 @@ class BatchSpec:
     def rollout(self) -> BatchSpec:
         """Of a scored batch's spec: the spec of the rollout batch that it is made from."""
         given = self.top_k if self.support == SUPPORT_STUDENT_TOPK else 0
-        return BatchSpec(self.tokenizer_fingerprint, support=self.support, student_top_k=given)
+        return BatchSpec(
+            self.tokenizer_fingerprint,
+            support=self.support,
+            student_top_k=given,
+            sampled_logprob_dtype=self.sampled_logprob_dtype,
+        )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -120,10 +139,10 @@ class BatchSpec:
 
     def type_of(self, column: str) -> pa.DataType:
         """Arrow type of one of `columns`."""
-        if column in ROLLOUT_TYPES:
-            return ROLLOUT_TYPES[column]
-        if column == "teacher_logprobs":
-            return pa.list_(pa.float32())
+        if column in SAMPLED_LOGPROBS:
+            return pa.list_(FLOAT_TYPES[self.sampled_logprob_dtype])
+        if column in FIXED_TYPES:
+            return FIXED_TYPES[column]
         if column == STUDENT_IDS:
             return pa.list_(pa.list_(pa.int32(), self.student_top_k))
         value = pa.int32() if column == "teacher_topk_ids" else FLOAT_TYPES[self.logprob_dtype]
@@ -160,6 +179,7 @@ def read_spec(schema: pa.Schema) -> BatchSpec:
         logprob_dtype=metadata["logprob_dtype"],
         support=metadata["support"],
         student_top_k=int(metadata["student_top_k"]),
+        sampled_logprob_dtype=metadata["sampled_logprob_dtype"],
     )
 
 
@@ -170,7 +190,7 @@ def check_spec(found: BatchSpec, expected: BatchSpec) -> None:
         if have != want:
             raise SchemaError(
                 f"metadata {field.name} of a trajectory batch is {have!r} and {want!r} is expected: "
-                "give student, teacher and learner the same tokenizer and the same top-K settings"
+                "give student, teacher and learner the same tokenizer and the same top-K and log-prob settings"
             )
 
 

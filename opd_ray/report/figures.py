@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_ray.errors import DataError
+from opd_ray.errors import DataError, OpdError
 
 INK, GRID, FAINT = "#2b2b2b", "#e4e4e4", "#9a9a9a"
 COLORS = ("#1f5fa8", "#d9822b", "#3a8f5c", "#8a4fa3")
+
+
+def plot_command(
+    prog: str, description: str | None, plot: Callable[[Path, Path], None], arguments: Sequence[str] | None
+) -> int:
+    """Command line ``RUN --out PICTURE`` around ``plot(run, out)``; returns the exit code, errors are one line."""
+    parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
+    parser.add_argument("run", type=Path, help="run folder (runs/latest is the newest)")
+    parser.add_argument("--out", type=Path, required=True, help="picture to write (.png, .svg or .pdf)")
+    chosen = parser.parse_args(arguments)
+    try:
+        plot(chosen.run, chosen.out)
+    except OpdError as error:
+        sys.stderr.write(f"opd_ray: error: {error}\n")
+        return 1
+    sys.stdout.write(f"{chosen.out}\n")
+    return 0
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from opd_ray.errors import DataError, OpdError
-from opd_ray.report.figures import COLORS, INK, draw_line, finish_axes, new_figure, read_records, save_figure
+from opd_ray.errors import DataError
+from opd_ray.report.figures import (
+    COLORS,
+    INK,
+    draw_line,
+    finish_axes,
+    new_figure,
+    plot_command,
+    read_records,
+    save_figure,
+)
 from opd_ray.types import Histogram
 
 FloatArray = npt.NDArray[np.float64]
@@ -34,17 +42,7 @@ _MAX_LEVELS = 8
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m opd_ray.report.gate_diagnostics", description=__doc__)
-    parser.add_argument("run", type=Path, help="run folder (runs/latest is the newest)")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write (.png, .svg or .pdf)")
-    chosen = parser.parse_args(arguments)
-    try:
-        plot_gate(chosen.run, chosen.out)
-    except OpdError as error:
-        sys.stderr.write(f"opd_ray: error: {error}\n")
-        return 1
-    sys.stdout.write(f"{chosen.out}\n")
-    return 0
+    return plot_command("opd_ray.report.gate_diagnostics", __doc__, plot_gate, arguments)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,23 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_ray.errors import DataError, OpdError
-from opd_ray.report.figures import COLORS, INK, draw_line, finish_axes, new_figure, read_records, save_figure
+from opd_ray.errors import DataError
+from opd_ray.report.figures import (
+    COLORS,
+    INK,
+    draw_line,
+    finish_axes,
+    new_figure,
+    plot_command,
+    read_records,
+    save_figure,
+)
 
 Series = dict[str, dict[int, float]]
 """Metric key to its finite values by step."""
@@ -27,17 +35,7 @@ _SMOOTHING = 0.8
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m opd_ray.report.learning_curve", description=__doc__)
-    parser.add_argument("run", type=Path, help="run folder (runs/latest is the newest)")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write (.png, .svg or .pdf)")
-    chosen = parser.parse_args(arguments)
-    try:
-        plot_run(chosen.run, chosen.out)
-    except OpdError as error:
-        sys.stderr.write(f"opd_ray: error: {error}\n")
-        return 1
-    sys.stdout.write(f"{chosen.out}\n")
-    return 0
+    return plot_command("opd_ray.report.learning_curve", __doc__, plot_run, arguments)
 
 
 def plot_run(run: Path, out: Path) -> None:

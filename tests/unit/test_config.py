@@ -307,6 +307,9 @@ BAD_CALLS = {
     "gate.kind=x": ["gate.kind", "block"],
     "experiment=lsm": ["+experiment=lsm"],
     "data.path=missing.jsonl": ["missing.jsonl"],
+    "resume=missing_run": ["resume=missing_run", "run folder"],
+    "rollout.on_new_weights=later": ["rollout.on_new_weights", "finish"],
+    "checkpoint.keep=0": ["checkpoint.keep=0", ">= 1"],
     "teacher.path=tiny:nothing data.path=tiny:nothing": ["tiny:nothing"],
 }
 

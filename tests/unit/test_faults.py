@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_ray.config import RunConfig
-from opd_ray.errors import ActorDiedError
+from opd_ray.errors import ActorDiedError, DeadlineError
 from tests.unit.fake_actors import Run, World, config
 
 
@@ -147,3 +147,34 @@ def test_a_new_engine_serves_with_the_published_weights() -> None:
     assert run.engines.num_restarts == 3
     oldest = [info.staleness for _, batch in run.world.batches for info in batch.infos]
     assert run.books["evicted"] == 0 and max(oldest) <= 2
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_waiting_for_others_is_no_hang_but_a_store_that_answers_nothing_is(hangs: bool) -> None:
+    """The learner takes longer than the deadline between two acquisitions; nobody but a hanging store is to blame."""
+    cfg = small(0, 4, 4)
+    cfg.deadline_s = 0.05
+
+    async def scenario() -> Run:
+        run = Run(cfg, World(1, 2))
+        answer = run.stores[0].state
+
+        async def slow_step(*args: object) -> object:
+            await asyncio.sleep(0.03)
+            if hangs:
+                run.stores[0].state = never  # type: ignore[method-assign,assignment]
+            return await step(*args)
+
+        async def never() -> object:
+            await asyncio.sleep(3600)
+            return answer()
+
+        step, run.learner.train_step = run.learner.train_step, slow_step  # type: ignore[method-assign,assignment]
+        async with asyncio.timeout(20):
+            return await run.train()
+
+    if hangs:
+        with pytest.raises(DeadlineError, match=r"actor replay-store gave no answer in 0.05 s"):
+            asyncio.run(scenario())
+    else:
+        assert len(asyncio.run(scenario()).steps) == 4

@@ -157,7 +157,7 @@ def test_each_hop_checks_whose_support_it_is() -> None:
 def test_bytes_of_another_schema_version_are_refused() -> None:
     batch = decode(encode_rollouts(trajectories([4]), ROLLOUT))
     older = batch.replace_schema_metadata((batch.schema.metadata or {}) | {b"schema_version": b"1"})
-    with pytest.raises(SchemaError, match="schema_version of a trajectory batch is '1' and '2' is expected"):
+    with pytest.raises(SchemaError, match="schema_version of a trajectory batch is '1' and '3' is expected"):
         decode(stream(older))
 
 
