@@ -32,7 +32,7 @@ import pyarrow as pa
 
 from benchmarks.machine import check, machine, spread
 from benchmarks.teacher_scorers import Work, make_scorer
-from opd_ray.actors.teacher import MALLOC_ENV
+from opd_ray.actors.group import MALLOC_ENV
 from opd_ray.choices import Dtype, Template
 from opd_ray.replay.codec import decode, encode_rollouts
 from opd_ray.replay.columns import row_views

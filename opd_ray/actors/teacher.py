@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from opd_ray.actors.group import WorkerGroup
+from opd_ray.actors.group import MALLOC_ENV, WorkerGroup
 from opd_ray.choices import Dtype, LogprobDtype, Support, Template
 from opd_ray.config import RunConfig
 from opd_ray.placement import Share
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ROLE = "teacher"
-# glibc keeps the memory of freed tensors: to have the pages of every activation anew takes several percent of the time.
-MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,11 +89,11 @@ def _check_segments(present: dict[str, ArrowArray]) -> None:
         _refuse(wrong, "version_values", "another number of segments than version_starts: give one each")
     _refuse(counts < 1, "version_starts", "no segment: the first starts at 0")
     _refuse(starts[first] != 0, "version_starts", "a first segment that does not start at 0: it must")
-    used = starts[bounds[0] : bounds[-1]]
-    falls = np.flatnonzero(np.diff(used) <= 0) + 1 + bounds[0]
-    inner = np.setdiff1d(falls, first)
-    if inner.size:
-        row = int(np.searchsorted(bounds, inner[0], side="right")) - 1
+    rises = np.diff(starts[bounds[0] : bounds[-1]]) > 0
+    # From the last segment of one trajectory to the first of the next.
+    rises[bounds[1:-1] - bounds[0] - 1] = True
+    if not rises.all():
+        row = int(np.searchsorted(bounds, bounds[0] + 1 + rises.argmin(), side="right")) - 1
         raise SchemaError(f"column 'version_starts', row {row}: segments must start one after the other, each once")
     if "response_token_ids" in present:
         lengths = np.diff(offsets(present["response_token_ids"]))

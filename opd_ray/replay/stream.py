@@ -36,16 +36,17 @@ class StreamDraft:
         sink: Any = _Chunks()
         with pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
-        stream: Any = pa.allocate_buffer(sum(memoryview(chunk).nbytes for chunk in sink.chunks))
-        place = 0
+        stream = pa.allocate_buffer(sink.num_bytes)
+        rest = memoryview(stream).cast("B")
         for chunk in sink.chunks:
+            part, rest = rest[: len(chunk)], rest[len(chunk) :]
             values = self._values.get(chunk.address) if isinstance(chunk, pa.Buffer) else None
-            arrays, dtype = values or ([np.frombuffer(chunk, np.uint8)], np.dtype(np.uint8))
-            count = memoryview(chunk).nbytes // dtype.itemsize
-            if count:
-                target: Array = np.frombuffer(stream, dtype, count, place)
+            if values is None:
+                part[:] = memoryview(chunk).cast("B")
+            else:
+                arrays, dtype = values
+                target: Array = np.frombuffer(part, dtype)
                 np.concatenate([array.reshape(-1) for array in arrays], out=target, casting="unsafe")
-            place += count * dtype.itemsize
         return stream
 
 
@@ -56,10 +57,12 @@ class _Chunks:
 
     def __init__(self) -> None:
         self.chunks: list[bytes | pa.Buffer] = []
+        self.num_bytes = 0
 
     def write(self, chunk: bytes | pa.Buffer) -> int:
         self.chunks.append(chunk)
-        return memoryview(chunk).nbytes  # type: ignore[arg-type]
+        self.num_bytes += len(chunk)
+        return len(chunk)
 
     def flush(self) -> None:
         """Nothing is held back."""

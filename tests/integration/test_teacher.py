@@ -18,7 +18,7 @@ from opd_ray.actors.preflight import PreflightSpec, preflight
 from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.scoring_model import load_causal_lm
 from opd_ray.actors.teacher import TeacherGroup
-from opd_ray.choices import Dtype
+from opd_ray.choices import Dtype, LogprobDtype
 from opd_ray.config import RunConfig
 from opd_ray.errors import SchemaError
 from opd_ray.replay.codec import decode, encode_rollouts
@@ -33,6 +33,8 @@ PROMPTS = (Prompt(id="a", problem="7+3-4="), Prompt(id="b", problem="12-5="))
 SAMPLES = 4
 # All that the embedded tokenizer has; K may be as large.
 VOCAB = 44
+# Support, K, and the dtype of the sampled tokens' log-probs.
+PARAMS = [("teacher_topk", 4, "float32"), ("student_topk", 4, "float16"), ("student_topk", VOCAB, "float32")]
 
 
 @dataclass
@@ -51,6 +53,11 @@ class Scored:
     def rows(self) -> list[ScoredRow]:
         return scored_rows(decode(ray.get(self.scored)))
 
+    @property
+    def rounding(self) -> float:
+        """Relative error of stored log-probs of the sampled tokens."""
+        return 2.0**-11 if self.cfg.replay.sampled_logprob_dtype is LogprobDtype.float16 else 0.0
+
 
 def generate(rollout: RolloutGroup) -> list[Any]:
     request = RolloutRequest(PROMPTS, tuple(range(SAMPLES * len(PROMPTS))), SAMPLES)
@@ -61,14 +68,15 @@ def score(teacher: TeacherGroup, payload: Any, receipt: Any) -> Any:
     return teacher.workers[0].score.options(num_returns=2).remote(payload, receipt, PROMPTS)
 
 
-@pytest.fixture(scope="module", params=[("teacher_topk", 4), ("student_topk", 4), ("student_topk", VOCAB)])
+@pytest.fixture(scope="module", params=PARAMS)
 def scored(
     ray_cluster: None, student_folder: Path, teacher_folder: Path, request: pytest.FixtureRequest
 ) -> Iterator[Scored]:
-    support, top_k = request.param
+    support, top_k, dtype = request.param
     # What is noted are raw log-probs, however the tokens are sampled.
-    sampling = ("rollout.temperature=0.7", "rollout.top_p=0.8", "replay.logprob_dtype=float32")
-    cfg = small_config("lsm", f"teacher.support={support}", f"teacher.top_k={top_k}", *sampling)
+    sampling = ("rollout.temperature=0.7", "rollout.top_p=0.8")
+    dtypes = ("replay.logprob_dtype=float32", f"replay.sampled_logprob_dtype={dtype}")
+    cfg = small_config("lsm", f"teacher.support={support}", f"teacher.top_k={top_k}", *sampling, *dtypes)
     report = preflight(PreflightSpec.of(cfg, str(student_folder), str(teacher_folder)), [], [])
     assert report.vocab_size == VOCAB
     rollout = RolloutGroup.create(cfg, NO_SHARE, [str(student_folder)])
@@ -115,9 +123,11 @@ def test_the_teachers_logprobs_are_those_of_transformers(scored: Scored) -> None
         ids = torch.from_numpy(row.teacher_topk_ids.astype(np.int64))
         sampled = torch.from_numpy(row.response_token_ids.astype(np.int64))
         np.testing.assert_allclose(row.teacher_topk_logprobs, logprobs.gather(1, ids), atol=1e-4)
-        np.testing.assert_allclose(row.teacher_logprobs, logprobs.gather(1, sampled[:, None])[:, 0], atol=1e-4)
-        student = plain_logprobs(scored.student, row).gather(1, sampled[:, None])[:, 0]
-        np.testing.assert_allclose(row.behavior_logprobs, student, atol=1e-4)
+        student = plain_logprobs(scored.student, row)
+        for found, full in ((row.teacher_logprobs, logprobs), (row.behavior_logprobs, student)):
+            assert found.dtype.name == scored.cfg.replay.sampled_logprob_dtype.name
+            expected = full.gather(1, sampled[:, None])[:, 0]
+            np.testing.assert_allclose(found, expected, atol=1e-4, rtol=scored.rounding)
 
 
 def test_the_ids_are_on_the_wire_once(scored: Scored) -> None:

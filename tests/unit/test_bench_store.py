@@ -6,20 +6,29 @@ import numpy as np
 import pytest
 
 from benchmarks.bench_store import checks
-from benchmarks.store_contenders import StoreConsumer, StoreProducer
+from benchmarks.store_contenders import StoreConsumer, StoreProducer, default_bytes
 from benchmarks.store_queues import as_arrays, as_lists
 from benchmarks.store_workload import Workload, is_same, make_rows, read
+from opd_ray.choices import LogprobDtype
 
 WORK = Workload(trajectories=3, prompt_tokens=2, response_tokens=5, top_k=4)
 EXPECTED = read(make_rows(WORK))
 
 
-def test_what_goes_through_the_codec_is_what_the_producer_has() -> None:
-    payload, receipt = StoreProducer(WORK).produce((4, 5, 6), version=9)
+@pytest.mark.parametrize("sampled", LogprobDtype)
+def test_what_goes_through_the_codec_is_what_the_producer_has(sampled: LogprobDtype) -> None:
+    payload, receipt = StoreProducer(WORK, LogprobDtype.float16, sampled).produce((4, 5, 6), version=9)
     rows = tuple((0, row) for row in range(WORK.trajectories))
     assert is_same(StoreConsumer().read(rows, None, payload), EXPECTED, in_order=True)
     assert [item.slot for item in receipt.trajectories] == [4, 5, 6]
     assert receipt.num_bytes == payload.size
+
+
+def test_the_defaults_take_four_bytes_a_token_more() -> None:
+    work = Workload(response_tokens=256)
+    producer = StoreProducer(work, LogprobDtype.float16, LogprobDtype.float16)
+    halved = producer.produce(tuple(range(work.trajectories)), 0)[1].num_bytes
+    assert default_bytes(work) - halved == pytest.approx(4 * work.tokens, abs=64)
 
 
 def test_what_goes_through_lists_is_what_the_producer_has() -> None:

@@ -148,6 +148,13 @@ def test_groups_can_be_chosen_over_the_scale() -> None:
     assert composed("logger=none").telemetry.wandb.name == "disabled"
 
 
+def test_the_dtypes_of_stored_logprobs_are_chosen_apart() -> None:
+    replay = composed().replay
+    assert (replay.logprob_dtype.name, replay.sampled_logprob_dtype.name) == ("float16", "float32")
+    replay = composed("replay.logprob_dtype=float32", "replay.sampled_logprob_dtype=float16").replay
+    assert (replay.logprob_dtype.name, replay.sampled_logprob_dtype.name) == ("float32", "float16")
+
+
 def test_ranges_are_given_to_most_numbers() -> None:
     numbers = [key for key, item in LEAVES if item.type in ("int", "float")]
     assert {key for key, _ in RANGED} == set(numbers)
@@ -305,6 +312,7 @@ BAD_CALLS = {
     "learner.zero_stage=7": ["learner.zero_stage=7", "<= 3"],
     "learner.foo=3": ["foo"],
     "gate.kind=x": ["gate.kind", "block"],
+    "replay.sampled_logprob_dtype=bfloat16": ["replay.sampled_logprob_dtype", "float16"],
     "experiment=lsm": ["+experiment=lsm"],
     "data.path=missing.jsonl": ["missing.jsonl"],
     "resume=missing_run": ["resume=missing_run", "run folder"],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray.util
 
-from opd_ray.actors.group import WorkerGroup
+from opd_ray.actors.group import MALLOC_ENV, WorkerGroup
 from opd_ray.actors.learner.spec import ROLE, LearnerSpec, RankBatch
 from opd_ray.actors.learner.step_report import RankReport
 from opd_ray.config import RunConfig
@@ -123,7 +123,7 @@ class LearnerGroup(WorkerGroup):
         group = cls(ROLE, cfg.deadline_s, cfg.faults.max_restarts)
         group.tokens_per_microbatch = cfg.learner.tokens_per_microbatch
         specs = [(LearnerSpec.of(cfg, rank, path, share.threads),) for rank in range(cfg.learner.num_ranks)]
-        group.start(LearnerWorker, share, specs, {})
+        group.start(LearnerWorker, share, specs, MALLOC_ENV)
         return group
 
     async def ready(self) -> None:

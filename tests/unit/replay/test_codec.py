@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from opd_ray.replay.codec import add_teacher_columns, decode, encode_rollouts
 from opd_ray.replay.columns import row_views
-from opd_ray.replay.rows import rollout_rows, scored_rows
+from opd_ray.replay.rows import rollout_rows, scored_rows, training_rows
 from opd_ray.replay.schema import BatchSpec, read_spec
 from opd_ray.replay.versions import expand_versions, version_segments
 from tests.unit.replay.batches import (
@@ -89,6 +89,42 @@ def test_the_students_ids_become_the_support(rows: slice) -> None:
         np.testing.assert_array_equal(row.teacher_topk_logprobs, values)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 2.0**-11), ("float32", 0.0)])
+def test_sampled_logprobs_are_rounded_to_the_specs_dtype(dtype: str, error: float) -> None:
+    lengths, spec = [7, 1, 30], BatchSpec(FINGERPRINT, top_k=4, sampled_logprob_dtype=dtype)
+    batch = decode(scored_buffer(lengths, spec), expected=spec)
+    teacher = teacher_arrays(lengths, 4)[0]
+    found_rows: list[Any] = [scored_rows(batch), training_rows(batch)]
+    for rows in found_rows:
+        for row, rollout, logprobs in zip(rows, trajectories(lengths), teacher, strict=True):
+            for found, given_values in (
+                (row.behavior_logprobs, rollout.behavior_logprobs),
+                (row.teacher_logprobs, logprobs),
+            ):
+                assert found.dtype == np.dtype(dtype)
+                np.testing.assert_allclose(found.astype(np.float32), given_values, rtol=error, atol=0)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_bytes_are_those_that_arrow_writes(top_k: int, dtype: str) -> None:
+    buffer = scored_buffer([7, 1, 30], BatchSpec(FINGERPRINT, top_k, dtype, sampled_logprob_dtype=dtype))
+    batch = decode(buffer)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    assert buffer.to_pybytes() == sink.getvalue().to_pybytes()
+
+
+def test_arrays_in_any_layout_are_written() -> None:
+    logprobs, ids, topk = teacher_arrays([6, 2], 3)
+    batch, spec = decode(encode_rollouts(trajectories([6, 2]), ROLLOUT)), BatchSpec(FINGERPRINT, 3, "float32")
+    plain = add_teacher_columns(batch, logprobs, ids, topk, spec)
+    turned = [np.asfortranarray(values) for values in topk]
+    reversed_twice = [values[::-1].copy()[::-1] for values in ids]
+    assert add_teacher_columns(batch, logprobs, reversed_twice, turned, spec).equals(plain)
+
+
 @pytest.mark.parametrize("support", ["teacher_topk", "student_topk"])
 def test_bytes_per_token_on_the_wire(support: str) -> None:
     top_k, lengths = 32, [1024] * 32
@@ -98,6 +134,8 @@ def test_bytes_per_token_on_the_wire(support: str) -> None:
     # 6 bytes for each support entry; id, behaviour and teacher log-prob of the token; little for each row.
     assert size <= tokens * (6 * top_k + 12) + 32 * 256 + 4096
     assert size / tokens <= 6 * top_k + 16
+    halved = scored_buffer(lengths, dataclasses.replace(spec, sampled_logprob_dtype="float16")).size
+    assert size - halved == pytest.approx(4 * tokens, abs=64)
 
 
 def test_reading_copies_nothing() -> None:

@@ -43,7 +43,8 @@ def stream(batch: pa.RecordBatch, times: int = 1) -> bytes:
         ),
         ({"response_token_ids": np.zeros(0, INT32)}, "'response_token_ids', row 1 .*empty response"),
         ({"response_token_ids": np.array([1, -1, 2, 3, 4], INT32)}, "'response_token_ids' has the value -1"),
-        ({"response_token_ids": np.array([1, 2**31, 2, 3, 4])}, "2147483648, which does not fit int32"),
+        ({"response_token_ids": np.array([1, 2**31, 2, 3, 4])}, "value 2147483648, which does not fit int32"),
+        ({"response_token_ids": np.array([1, -(2**31) - 1, 2, 3, 4])}, "value -2147483649, which does not fit int32"),
         ({"response_token_ids": np.zeros(5, np.float32)}, "dtype float32 and int32 is expected"),
         ({"behavior_logprobs": np.zeros(5, np.int64)}, "dtype int64 and float32 is expected"),
         ({"behavior_logprobs": np.zeros((5, 1), np.float32)}, r"has shape \(5, 1\) and \[T\] is expected"),
@@ -104,12 +105,26 @@ def test_wrong_teacher_columns_are_not_encoded() -> None:
         BatchSpec(FINGERPRINT, top_k=4),
         BatchSpec(FINGERPRINT, top_k=3, logprob_dtype="float32"),
         BatchSpec(FINGERPRINT, top_k=3, support="student_topk"),
+        BatchSpec(FINGERPRINT, top_k=3, sampled_logprob_dtype="float16"),
         ROLLOUT,
     ],
 )
 def test_metadata_must_be_the_expected(expected: BatchSpec) -> None:
     with pytest.raises(SchemaError, match="^metadata .* is expected"):
         decode(scored_buffer([4], BatchSpec(FINGERPRINT, top_k=3)), expected=expected)
+
+
+def test_each_hop_checks_the_dtype_of_sampled_logprobs() -> None:
+    halves = BatchSpec(FINGERPRINT, top_k=3, sampled_logprob_dtype="float16")
+    message = "metadata sampled_logprob_dtype .* is 'float32' and 'float16' is expected"
+    plain = encode_rollouts(trajectories([4]), ROLLOUT)
+    with pytest.raises(SchemaError, match=message):
+        decode(plain, expected=halves.rollout)
+    with pytest.raises(SchemaError, match=message):
+        add_teacher_columns(decode(plain), *teacher_arrays([4], 3), halves)
+    metadata = decode(plain).schema.metadata | {b"sampled_logprob_dtype": b"float16"}
+    with pytest.raises(SchemaError, match=r"'behavior_logprobs' has type list<.*float.* and list<.*halffloat"):
+        decode(stream(decode(plain).replace_schema_metadata(metadata)))
 
 
 STUDENT = BatchSpec(FINGERPRINT, top_k=3, support="student_topk")
@@ -234,6 +249,7 @@ def test_reading_a_column_that_was_left_out_says_so() -> None:
     [
         {"top_k": -1},
         {"logprob_dtype": "float64"},
+        {"sampled_logprob_dtype": "bfloat16"},
         {"support": "union"},
         {"student_top_k": 3},
         {"student_top_k": -1, "support": "student_topk"},

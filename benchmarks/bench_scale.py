@@ -1,0 +1,304 @@
+"""How many trajectories a second one controller and one store manage, and what breaks first on a large cluster.
+
+``python -m benchmarks.bench_scale [--out FILE.json]``; a quick look: ``--rollouts 20 --teachers 5 --ranks 4 --quick``
+
+The controller, the groups, the store's actor and all calls between them are real. 200 rollout engines, 50 teachers and
+16 learner ranks are Ray actors that only answer, with receipts of 16,384-token trajectories. Payloads go by reference:
+of each request a few KB lie in the object store, so what is measured is the control plane. One small run has payloads
+of the real size. The same loops also run without Ray, at the sizes of clusters that do not fit here.
+
+A process of Ray takes some 60 MiB, a second of CPU to start and 0.65 % of a core for doing nothing, so that 266 of them
+would take both cores of a small machine before the first trajectory. By default, therefore, four engines (teachers) are
+one process: the controller has 200 workers all the same, and makes the same calls. ``--share 1`` gives each its own.
+
+The last line printed is the record as JSON. Exit code 1 when a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from benchmarks.machine import check, machine
+from benchmarks.scale_actors import SCORED_BYTES_PER_TOKEN, FakeEngine, FakeRank, FakeTeacher, Sizes
+from benchmarks.scale_inprocess import in_process, store_in_process
+from benchmarks.scale_model import on_paper
+from benchmarks.scale_parts import parts
+from benchmarks.scale_probe import quantiles
+from benchmarks.scale_run import Cluster, Scenario, TimedStore, run
+from opd_ray.actors.group import WorkerGroup, start_named
+from opd_ray.actors.learner.group import LearnerGroup
+from opd_ray.actors.rollout import RolloutGroup
+from opd_ray.actors.teacher import TeacherGroup
+from opd_ray.config import RunConfig
+
+RESPONSE_TOKENS = 16_384
+SMALL = Sizes(RESPONSE_TOKENS, payload_bytes=4096)
+REAL = Sizes(RESPONSE_TOKENS, payload_bytes=0)
+DEADLINE_S = 900.0
+WAVE = 6
+# Without Ray an engine takes this long on average, so that requests are in flight as on a cluster.
+ENGINE_S = 1.0
+ACTOR_MIB = 66
+OBJECT_STORE_BYTES = 2 * 2**30
+# The largest cohort: of the real size it takes 0.2 GB.
+REAL_PROMPTS = 8
+# What `worker_env` gives every worker, so far as it matters here; Ray hands the driver's own on to all workers.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_max_direct_call_object_size": "1024",
+    "OMP_NUM_THREADS": "1",
+}
+# Engines, teachers and ranks of larger ones, as `scale_model` has them.
+CLUSTERS = {"1000_gpus": (800, 120, 80), "10000_gpus": (8000, 1200, 800)}
+
+
+class _InWaves(WorkerGroup):
+    """A group that starts a few processes at a time, without an environment of their own: half the CPU time."""
+
+    async def begin(self, worker_class: type, args: Sequence[tuple[Any, ...]], share: int) -> None:
+        """One worker for each tuple of constructor arguments, of which `share` are one process; waits for all."""
+        made = ray.remote(worker_class)
+        self._locks = [asyncio.Lock() for _ in args]
+        hosts: list[Any] = []
+        while len(hosts) * share < len(args):
+            first = len(hosts)
+            for index in range(first, min(first + WAVE, -(-len(args) // share))):
+                hosts.append(start_named(made, f"{self.role}-{index}", {"num_cpus": 0}, args[index * share]))
+            await asyncio.gather(*(self.result(host.ping.remote(), first) for host in hosts[first:]))
+        self.workers = [hosts[index // share] for index in range(len(args))]
+
+
+class _Engines(_InWaves, RolloutGroup):
+    pass
+
+
+class _Teachers(_InWaves, TeacherGroup):
+    pass
+
+
+class _Learner(_InWaves, LearnerGroup):
+    pass
+
+
+async def start(args: argparse.Namespace) -> Cluster:
+    """All actors."""
+    engines, teachers, learner = (
+        _Engines("rollout", DEADLINE_S),
+        _Teachers("teacher", DEADLINE_S),
+        _Learner("learner", DEADLINE_S),
+    )
+    await engines.begin(FakeEngine, [(f"rollout-{i}", args.delay_s) for i in range(args.rollouts)], args.share)
+    await teachers.begin(FakeTeacher, [(f"teacher-{i}",) for i in range(args.teachers)], args.share)
+    await learner.begin(FakeRank, [(i,) for i in range(args.ranks)], 1)
+    await learner.ready()
+    learner.tokens_per_microbatch = 2 * RESPONSE_TOKENS
+    return Cluster(engines, teachers, learner)
+
+
+async def use(cluster: Cluster, sizes: Sizes) -> None:
+    """Tell all actors what trajectories look like."""
+    for group in (cluster.engines, cluster.teachers):
+        await group.all(lambda worker: worker.use.remote(sizes))
+
+
+def part_of(cluster: Cluster, num_engines: int, num_teachers: int, num_ranks: int) -> Cluster:
+    """The first actors of every group."""
+    groups: list[Any] = []
+    for whole, count in (
+        (cluster.engines, num_engines),
+        (cluster.teachers, num_teachers),
+        (cluster.learner, num_ranks),
+    ):
+        group = type(whole)(whole.role, DEADLINE_S)
+        group.workers = whole.workers[:count]
+        group._locks = whole._locks[:count]
+        groups.append(group)
+    groups[2].tokens_per_microbatch = 2 * RESPONSE_TOKENS
+    return Cluster(*groups)
+
+
+def scenarios(args: argparse.Namespace) -> list[Scenario]:
+    """Every batch with every bound."""
+    return [
+        Scenario(max(batch // args.samples, args.rollouts), args.samples, bound, args.seconds)
+        for batch in args.batches
+        for bound in args.max_staleness
+    ]
+
+
+async def idle_latency(make_store: Any) -> dict[str, Any]:
+    """A call of the store when nothing else goes on."""
+    store = make_store(RunConfig())
+    try:
+        await store.state()
+        store.calls.clear()
+        for _ in range(300):
+            await store.state()
+        return quantiles(store.calls["state"])
+    finally:
+        store.shutdown()
+
+
+async def real_size(cluster: Cluster, args: argparse.Namespace) -> dict[str, Any]:
+    """Few trajectories with all of their bytes, and a snapshot of what the store has then."""
+    few = part_of(cluster, min(REAL_PROMPTS, args.rollouts), min(4, args.teachers), min(4, args.ranks))
+
+    async def snapshot(store: TimedStore) -> dict[str, Any]:
+        held = (await store.state())["payload_bytes"]
+        begun = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            await store.snapshot(Path(folder) / "store")
+        seconds = time.perf_counter() - begun
+        return {"snapshot": {"mib": held / 2**20, "seconds": seconds, "mb_per_s": held / 1e6 / seconds}}
+
+    await use(few, REAL)
+    try:
+        return await run(
+            Scenario(REAL_PROMPTS, args.samples, 2, args.seconds), few, TimedStore, probe=True, at_end=snapshot
+        )
+    finally:
+        await use(few, SMALL)
+
+
+async def without_ray(args: argparse.Namespace) -> dict[str, Any]:
+    """The loops alone: at this cluster's size, and at larger ones with whole steps of 8 trajectories an engine."""
+    found = {}
+    sizes = {"here": (args.rollouts, args.teachers, args.ranks)} | ({} if args.quick else CLUSTERS)
+    for name, (engines, teachers, ranks) in sizes.items():
+        for bound in (0, 2) if name != "10000_gpus" else (0,):
+            scenario = Scenario(engines, args.samples, bound, min(args.seconds, 3.0), warm_up_steps=1)
+            cluster = in_process(engines, teachers, ranks, ENGINE_S, SMALL)
+            found[f"{name}/max_staleness={bound}"] = await run(scenario, cluster, store_in_process, probe=False)
+    return found
+
+
+async def with_ray(args: argparse.Namespace) -> dict[str, Any]:
+    """All that needs the actors."""
+    begun = time.monotonic()
+    cluster = await start(args)
+    found: dict[str, Any] = {"start_s": time.monotonic() - begun}
+    await use(cluster, SMALL)
+    found["idle_store_call"] = await idle_latency(TimedStore)
+    found["parts"] = await parts(cluster)
+    found["runs"] = []
+    for scenario in scenarios(args):
+        found["runs"].append(await run(scenario, cluster, TimedStore, probe=True))
+        say(found["runs"][-1])
+    found["real_size"] = await real_size(cluster, args)
+    return found
+
+
+def say(figures: dict[str, Any]) -> None:
+    """One line for those who wait."""
+    print(
+        f"{figures['trajectories_per_step']} a step, max_staleness {figures['max_staleness']}: "
+        f"{figures['mean_trajectories_per_s']:.0f} trajectories/s, driver "
+        f"{figures['cpu_ms_per_trajectory']['driver']:.2f} ms each",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def checks(found: dict[str, Any], paper: dict[str, Any]) -> list[dict[str, Any]]:
+    """Nothing is too old, and one controller carries 1,000 GPUs with room to spare."""
+    excess = max(one["staleness_seen"] - one["max_staleness"] for one in found["runs"])
+    ratio = paper["1000_gpus"]["controller_limit_over_demand"]
+    return [check("staleness/above_bound", excess, "<= 0"), check("controller/limit_over_1000_gpus", ratio, ">= 2")]
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rollouts", type=int, default=200)
+    parser.add_argument("--teachers", type=int, default=50)
+    parser.add_argument("--ranks", type=int, default=16)
+    parser.add_argument("--share", type=int, default=4, help="engines, or teachers, that are one process; 1 = none")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1600, 4096], help="trajectories a step")
+    parser.add_argument("--samples", type=int, default=8, help="a prompt")
+    parser.add_argument("--max-staleness", type=int, nargs="+", default=[0, 2, 8])
+    parser.add_argument("--seconds", type=float, default=10.0, help="of steady state, a run")
+    parser.add_argument("--delay-s", type=float, default=0.0, help="that an engine takes for a request")
+    parser.add_argument("--quick", action="store_true", help="one batch, two bounds, 3 s each, no larger clusters")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(given)
+    if args.quick:
+        args.batches, args.max_staleness, args.seconds = args.batches[:1], [0, 2], 3.0
+    return args
+
+
+def num_processes(args: argparse.Namespace) -> int:
+    """Of actors; each learner rank is one."""
+    return -(-args.rollouts // args.share) - (-args.teachers // args.share) + int(args.ranks)
+
+
+def refuse_without_memory(num_actors: int) -> None:
+    """The kernel would end some process of this machine otherwise."""
+    import psutil
+
+    needed = num_actors * ACTOR_MIB * 2**20 + OBJECT_STORE_BYTES // 2
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise SystemExit(
+            f"{num_actors} processes need about {needed / 2**30:.1f} GiB, free are {free / 2**30:.1f}: "
+            "end other work, or give a larger --share, or smaller --rollouts, --teachers, --ranks"
+        )
+
+
+def main() -> int:
+    """Command line; returns the exit code."""
+    args = arguments()
+    refuse_without_memory(num_processes(args))
+    os.environ |= ENVIRONMENT
+    alone = asyncio.run(without_ray(args))
+    try:
+        ray.init(
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+        found = asyncio.run(with_ray(args))
+    finally:
+        ray.shutdown()
+    paper = on_paper(found)
+    record: dict[str, Any] = {
+        "benchmark": "scale",
+        "machine": machine(),
+        "workload": {
+            "rollouts": args.rollouts,
+            "teachers": args.teachers,
+            "ranks": args.ranks,
+            "response_tokens": RESPONSE_TOKENS,
+            "bytes_per_token": SCORED_BYTES_PER_TOKEN,
+            "seconds": args.seconds,
+            "delay_s": args.delay_s,
+            "workers_a_process": args.share,
+            "processes": num_processes(args),
+        },
+        **found,
+        "without_ray": alone,
+        "on_paper": paper,
+        "checks": checks(found, paper),
+    }
+    if args.out is not None:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+    return 0 if all(item["ok"] for item in record["checks"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
