@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from benchmarks.scale_actors import SCORED_BYTES_PER_TOKEN
 
-# A 1.7 B student (28 layers, 8 KV heads of 128, bfloat16: 115 kB a token) at responses of 16k tokens: decoding on an H100 is
-# bound by reading the KV cache, 0.94 GB a sequence at its mean length, at 2.3 TB/s.
+# A 1.7 B student (28 layers, 8 KV heads of 128, bfloat16: 115 kB a token) at responses of 16k tokens: decoding on an
+# H100 is bound by reading the KV cache, 0.94 GB a sequence at its mean length, at 2.3 TB/s.
 TOKENS_PER_S_OF_ENGINE = 2500
 RESPONSE_TOKENS = 16_384
 SAMPLES = 8
@@ -49,6 +50,8 @@ def load(gpus: int, found: dict[str, Any]) -> dict[str, float]:
     nodes = gpus / GPUS_PER_NODE
     return need | {
         "controller_limit_over_demand": 1e3 / (cpu["driver_loop"] * need["requests_per_s"]),
+        "hand_out_limit_over_demand": max(hand_out_per_s(run) for run in found["runs"]) / need["requests_per_s"],
+        "hand_out_limit_over_demand_idle": 1e3 / (2 * found["idle_store_call"]["p50_ms"] * need["requests_per_s"]),
         "controller_share_of_a_core": cpu["driver_loop"] * need["requests_per_s"] / 1e3,
         "store_share_of_a_core": cpu["store"] * need["requests_per_s"] / 1e3,
         "dispatch_of_step_s": dispatch,
@@ -61,7 +64,7 @@ def load(gpus: int, found: dict[str, Any]) -> dict[str, float]:
         "stored_bytes_per_node": stored / nodes,
         "publish_bytes": WEIGHT_BYTES * nodes,
         "publish_from_one_node_s": WEIGHT_BYTES * nodes / NETWORK_BYTES_PER_S,
-        "publish_tree_s": WEIGHT_BYTES / NETWORK_BYTES_PER_S * (nodes - 1).__ceil__().bit_length(),
+        "publish_tree_s": WEIGHT_BYTES / NETWORK_BYTES_PER_S * math.ceil(math.log2(nodes)),
         "checkpoint_store_s": stored / 1e6 / found["real_size"]["snapshot"]["mb_per_s"],
     }
 
@@ -78,7 +81,14 @@ def dispatch_seconds(parts: dict[str, Any], need: dict[str, float]) -> float:
     )
     fact = (with_facts - bare) / ranks / (4096 - 8)
     payload = (with_both - with_facts) / ranks / (200 - 1)
-    return need["ranks"] * (bare / ranks + fact * need["trajectories_per_step"] + payload * need["engines"])
+    seconds: float = need["ranks"] * (bare / ranks + fact * need["trajectories_per_step"] + payload * need["engines"])
+    return seconds
+
+
+def hand_out_per_s(run: dict[str, Any]) -> float:
+    """Requests that can be handed out: each waits for two answers of the store, one after the other."""
+    calls = run["store_calls"]
+    return float(1e3 / (calls["acquire_slots"]["p50_ms"] + calls["assign"]["p50_ms"]))
 
 
 def on_paper(found: dict[str, Any]) -> dict[str, Any]:

@@ -68,8 +68,9 @@ def object_store() -> dict[str, float]:
     import ray
     from ray._private.internal_api import node_stats
 
+    ask: Any = node_stats
     node = ray.nodes()[0]  # type: ignore[no-untyped-call]
-    stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False).store_stats
+    stats = ask(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False).store_stats
     return {"mib": stats.object_store_bytes_used / 2**20, "objects": float(stats.num_local_objects)}
 
 

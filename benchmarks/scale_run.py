@@ -17,11 +17,11 @@ from opd_ray.actors.learner.group import LearnerGroup
 from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import StoreClient
 from opd_ray.actors.teacher import TeacherGroup
+from opd_ray.checkpoint import Checkpoints
 from opd_ray.config import RunConfig
 from opd_ray.controller import Controller, Groups, Outputs
 from opd_ray.data.source import PromptSource
 from opd_ray.replay.cohort import SampledBatch
-from opd_ray.run_checkpoint import Checkpoints
 from opd_ray.types import Prompt
 
 NEVER = 1_000_000
@@ -39,6 +39,7 @@ class Scenario:
     max_staleness: int
     seconds: float
     warm_up_steps: int = 2
+    min_steps: int = 2
 
     def config(self, num_engines: int, num_teachers: int, num_ranks: int) -> RunConfig:
         """The run's config; each trajectory is used once."""
@@ -104,7 +105,7 @@ class Measurement:
             if key.startswith("pipeline/wait_share/"):
                 self.wait_share.setdefault(key.rpartition("/")[2], []).append(value)
         self.ahead = max(self.ahead, int(metrics["replay/staleness/max"]))
-        if now.at - self.begin.at >= self.scenario.seconds and len(self.step_s) >= 2:  # noqa: PLR2004  (for a spread)
+        if now.at - self.begin.at >= self.scenario.seconds and len(self.step_s) >= self.scenario.min_steps:
             self.end = now
             raise _EnoughError
 

@@ -10,7 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
-from opd_ray.checkpoint import committed_folder
+from opd_ray.committed_folder import committed_folder
 from opd_ray.errors import ModelError, OpdError
 
 logger = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from opd_ray.checkpoint import Checkpoint, latest_checkpoint
 from opd_ray.config import RunConfig
 from opd_ray.errors import CheckpointError
-from opd_ray.run_checkpoint import Checkpoint, latest_checkpoint
 from opd_ray.run_folder import RunFolder, run_folders
 
 AUTO = "auto"

@@ -21,6 +21,7 @@ from opd_ray.actors.preflight import PreflightReport, PreflightSpec, preflight
 from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import StoreClient
 from opd_ray.actors.teacher import TeacherGroup
+from opd_ray.checkpoint import Checkpoint, Checkpoints, latest_checkpoint
 from opd_ray.config import RunConfig
 from opd_ray.config_checks import announcements
 from opd_ray.controller import Controller, Groups, Outputs, evaluate, evaluation_metrics
@@ -28,7 +29,6 @@ from opd_ray.data.source import PromptSource
 from opd_ray.errors import ActorError, CheckpointError, OpdError
 from opd_ray.placement import ResourcePlan, Share, plan_resources
 from opd_ray.resume import checkpoint_to_resume
-from opd_ray.run_checkpoint import Checkpoint, Checkpoints, latest_checkpoint
 from opd_ray.run_folder import RunFolder
 from opd_ray.run_outputs import RunOutputs
 from opd_ray.run_summary import Evaluations, closing_words, shown, summary

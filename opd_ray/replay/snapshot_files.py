@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from opd_ray.checkpoint import committed_in_thread
+from opd_ray.committed_folder import committed_in_thread
 from opd_ray.errors import SnapshotError
 from opd_ray.replay.snapshot import FORMAT, StoreImage
 from opd_ray.replay.spill import Spilled, settled

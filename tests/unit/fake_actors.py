@@ -18,13 +18,13 @@ from opd_ray.actors.group import WorkerGroup
 from opd_ray.actors.learner.step_report import RankReport
 from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import StoreClient, store_config
+from opd_ray.checkpoint import Checkpoint, Checkpoints
 from opd_ray.config import RunConfig
 from opd_ray.controller import Controller, Groups, Outputs
 from opd_ray.data.source import PromptSource
 from opd_ray.errors import ActorDiedError, ActorError
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.replay.store import ReplayStore
-from opd_ray.run_checkpoint import Checkpoint, Checkpoints
 from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -159,7 +160,7 @@ def test_waiting_for_others_is_no_hang_but_a_store_that_answers_nothing_is(hangs
         run = Run(cfg, World(1, 2))
         answer = run.stores[0].state
 
-        async def slow_step(*args: object) -> object:
+        async def slow_step(*args: Any) -> Any:
             await asyncio.sleep(0.03)
             if hangs:
                 run.stores[0].state = never  # type: ignore[method-assign,assignment]

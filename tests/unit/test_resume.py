@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opd_ray.checkpoint import INDEX, Checkpoints, latest_checkpoint
 from opd_ray.config import RunConfig
 from opd_ray.errors import CheckpointError, RunFolderError
 from opd_ray.resume import checkpoint_to_resume
-from opd_ray.run_checkpoint import INDEX, Checkpoints, latest_checkpoint
 from opd_ray.run_folder import RunFolder
 from tests.unit.fake_actors import Run, World, config, train
 

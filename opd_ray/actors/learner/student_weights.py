@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from opd_ray.actors.learner.policy_model import PolicyModel
 from opd_ray.actors.weights import BUCKET_BYTES, WeightBucket, pack_buckets
-from opd_ray.checkpoint import committed_folder
+from opd_ray.committed_folder import committed_folder
 
 _Named = tuple[tuple[str, ...], nn.Parameter]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from opd_ray.checkpoint import committed_folder
+from opd_ray.committed_folder import committed_folder
 
 
 def write(folder: Path, content: str) -> None:
