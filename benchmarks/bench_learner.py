@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import machine, spread
-from opd_ray.actors.learner.spec import LearnerSpec, RankBatch
+from opd_ray.actors.learner.spec import LearnerSpec, rank_batches
 from opd_ray.actors.learner.step_report import RankReport
 from opd_ray.actors.teacher import TeacherSpec, TeacherWorker
 from opd_ray.actors.tokenization import load_tokenizer, tokenizer_fingerprint
@@ -30,6 +30,7 @@ from opd_ray.choices import Dtype, GateKind, LogprobDtype, ObjectiveKind, Suppor
 from opd_ray.config import GateConfig, LearnerConfig, ObjectiveConfig
 from opd_ray.data.packing import plan_microbatches
 from opd_ray.replay.codec import decode, encode_rollouts
+from opd_ray.replay.cohort import SampledBatch
 from opd_ray.replay.rows import RolloutRow, scored_rows
 from opd_ray.replay.schema import BatchSpec
 from opd_ray.types import BatchReceipt, Prompt, SampleInfo
@@ -127,15 +128,16 @@ def train(args: argparse.Namespace, variant: str, payload: Any) -> list[RankRepo
     trainer = Trainer(spec)
     rows = scored_rows(decode(payload))
     lengths = [len(row.prompt_token_ids) + len(row.response_token_ids) for row in rows]
-    (plan,) = plan_microbatches(lengths, 1, args.tokens_per_microbatch)
+    plan = plan_microbatches(lengths, 1, args.tokens_per_microbatch)
     reports = []
     for version in range(1 + args.repeats):
         infos = tuple(
             SampleInfo(row.slot, version, version + 1, 0.0, len(row.prompt_token_ids), len(row.response_token_ids))
             for row in rows
         )
-        batch = RankBatch(plan, tuple((0, index) for index in range(len(rows))), infos, version)
-        reports.append(trainer.train_step(batch, [payload]))
+        batch = SampledBatch((payload,), tuple((0, index) for index in range(len(rows))), infos)
+        ((part, payloads),) = rank_batches(batch, plan, version, spec.reuse)
+        reports.append(trainer.train_step(part, payloads))
     return reports
 
 

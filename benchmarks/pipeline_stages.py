@@ -136,7 +136,7 @@ class SleepingLearner:
     def train_step(self, batch: RankBatch, *payloads: Any) -> RankReport:
         """Sleep."""
         time.sleep(self._work.seconds(len(batch.rows)))
-        num_tokens = sum(info.num_response_tokens for info in batch.infos)
+        num_tokens = sum(info.num_response_tokens for info in batch.infos.values())
         return RankReport(loss_sum=1.0, weight_sum=1.0, divisor=1.0, num_tokens=num_tokens, grad_norm=1.0)
 
     def export(self, policy_version: int) -> tuple[WeightsReceipt, WeightBucket]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 from opd_ray.errors import ConfigError, DataError
@@ -31,11 +32,12 @@ def plan_microbatches(lengths: Sequence[int], num_ranks: int, tokens_per_microba
 def _assign(lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Trajectories of each rank, longest first: each goes to the rank with the fewest tokens so far."""
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    tokens = [0] * num_ranks
+    # Tokens, trajectories and number of each rank: a search among hundreds of ranks for each trajectory takes seconds.
+    fewest = [(0, 0, rank) for rank in range(num_ranks)]
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        rank = min(range(num_ranks), key=lambda rank: (tokens[rank], len(ranks[rank]), rank))
+        tokens, count, rank = fewest[0]
         ranks[rank].append(index)
-        tokens[rank] += lengths[index]
+        heapq.heapreplace(fewest, (tokens + lengths[index], count + 1, rank))
     return ranks
 
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch
 
-from opd_ray.actors.learner.spec import LearnerSpec, RankBatch
+from opd_ray.actors.learner.spec import LearnerSpec, RankBatch, rank_batches
 from opd_ray.actors.learner.step_report import RankReport
 from opd_ray.config import RunConfig
 from opd_ray.data.packing import plan_microbatches
 from opd_ray.errors import CheckpointError
+from opd_ray.replay.cohort import SampledBatch
 from opd_ray.types import SampleInfo
 
 if TYPE_CHECKING:
@@ -119,9 +120,10 @@ class VariantGroup:
             infos = tuple(step.infos[row] for row in step.rows)
             lengths = [info.num_prompt_tokens + info.num_response_tokens for info in infos]
             rows = tuple((0, row) for row in step.rows)
-            for rank, microbatches in enumerate(plan_microbatches(lengths, num_ranks, budget)):
-                batch = RankBatch(microbatches, rows, infos, step.policy_version)
-                per_rank[rank].append((batch, step.payload))
+            plan = plan_microbatches(lengths, num_ranks, budget)
+            batch = SampledBatch((step.payload,), rows, infos)
+            for rank, (part, _) in enumerate(rank_batches(batch, plan, step.policy_version, cfg.replay.reuse)):
+                per_rank[rank].append((part, step.payload))
         calls = []
         for rank, worker in enumerate(self.workers):
             spec = LearnerSpec.of(cfg, rank, model_path, threads=1)

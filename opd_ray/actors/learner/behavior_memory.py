@@ -13,7 +13,6 @@ from torch import Tensor
 
 from opd_ray.actors.learner.microbatch import Microbatch
 from opd_ray.choices import BehaviorSource
-from opd_ray.types import SampleInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +58,7 @@ class BehaviorMemory:
             from_engine.append(known is None)
         return Behavior(torch.cat(parts), tuple(from_engine))
 
-    def forget(self, infos: Sequence[SampleInfo]) -> None:
-        """Drop trajectories at their last visit."""
-        for info in infos:
-            if info.visits >= self._reuse:
-                self.entries.pop(info.slot, None)
+    def forget(self, slots: Sequence[int]) -> None:
+        """Drop trajectories that had their last visit, this rank's or another's."""
+        for slot in slots:
+            self.entries.pop(slot, None)

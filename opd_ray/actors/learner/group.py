@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray.util
 
 from opd_ray.actors.group import MALLOC_ENV, WorkerGroup
-from opd_ray.actors.learner.spec import ROLE, LearnerSpec, RankBatch
+from opd_ray.actors.learner.spec import ROLE, LearnerSpec, RankBatch, rank_batches
 from opd_ray.actors.learner.step_report import RankReport
 from opd_ray.config import RunConfig
 from opd_ray.data.packing import plan_microbatches
@@ -115,6 +115,7 @@ class LearnerGroup(WorkerGroup):
     """All ranks; a call goes to every one of them."""
 
     tokens_per_microbatch = 1
+    reuse = 1
     _num_buckets = 1
 
     @classmethod
@@ -122,6 +123,7 @@ class LearnerGroup(WorkerGroup):
         """Start the ranks; returns at once (await `ready`)."""
         group = cls(ROLE, cfg.deadline_s, cfg.faults.max_restarts)
         group.tokens_per_microbatch = cfg.learner.tokens_per_microbatch
+        group.reuse = cfg.replay.reuse
         specs = [(LearnerSpec.of(cfg, rank, path, share.threads),) for rank in range(cfg.learner.num_ranks)]
         group.start(LearnerWorker, share, specs, MALLOC_ENV)
         return group
@@ -155,9 +157,10 @@ class LearnerGroup(WorkerGroup):
         """One optimizer step from `policy_version` on, in microbatches of at most the token budget."""
         lengths = [info.num_prompt_tokens + info.num_response_tokens for info in batch.infos]
         plan = plan_microbatches(lengths, len(self.workers), self.tokens_per_microbatch)
+        parts = rank_batches(batch, plan, policy_version, self.reuse)
         refs = iter(
-            worker.train_step.remote(RankBatch(microbatches, batch.rows, batch.infos, policy_version), *batch.refs)
-            for worker, microbatches in zip(self.workers, plan, strict=True)
+            worker.train_step.remote(part, *payloads)
+            for worker, (part, payloads) in zip(self.workers, parts, strict=True)
         )
         return await self.all(lambda _: next(refs))
 

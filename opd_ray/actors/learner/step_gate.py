@@ -133,10 +133,10 @@ class StepGate:
         by_ratio = cfg.kind in (GateKind.tis, GateKind.icepop, GateKind.geometric_mask)
         return cfg.calibrate or (by_ratio and cfg.behavior_source is BehaviorSource.rollout)
 
-    def needs_plan(self, is_fresh: Sequence[bool]) -> bool:
-        """Whether the step's weights need all its segments first; `is_fresh` of all its trajectories."""
+    def needs_plan(self, is_fresh: bool) -> bool:
+        """Whether the step's weights need all its segments first; `is_fresh`: all its trajectories are."""
         cfg = self._cfg
-        return (cfg.control is not GateControl.none or cfg.max_weight > 0) and not all(is_fresh)
+        return (cfg.control is not GateControl.none or cfg.max_weight > 0) and not is_fresh
 
     def plan(self, drafts: Sequence[tuple[Microbatch, Weighed] | None], policy_version: int) -> list[Weighed | None]:
         """Final weights of this rank's microbatches from all ranks' drafts (None: a placeholder's).

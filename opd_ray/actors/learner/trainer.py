@@ -103,14 +103,13 @@ class Trainer:
             raise DivergedError(f"the gradient norm is {report.grad_norm}: lower learner.lr")
         with record.timed("gate"):
             gate.end_step()
-        self._memory.forget(batch.infos)
+        self._memory.forget(batch.last_visits)
         report.times["step"] = time.monotonic() - started
         return record.finish(weight_scale)
 
     def _microbatches(self, batch: RankBatch, payloads: Sequence[Any]) -> list[Microbatch | None]:
         """This rank's microbatches; None is a placeholder, as every rank must call backward equally often."""
-        mine = {i for members in batch.microbatches for i in members}
-        needed = {batch.rows[i][0] for i in mine}
+        needed = {payload for payload, _ in batch.rows.values()}
         decoded = {i: training_rows(decode(payloads[i], columns=self._columns)) for i in needed}
         micros: list[Microbatch | None] = []
         for members in batch.microbatches:
@@ -128,7 +127,7 @@ class Trainer:
 
         Placeholders take part, because under ZeRO 3 a forward pass is a collective; `micros` get their final `valid`.
         """
-        if not self._gate.needs_plan([info.is_fresh for info in batch.infos]):
+        if not self._gate.needs_plan(batch.is_fresh):
             return [None] * len(micros)
         drafts: list[tuple[Microbatch, Weighed] | None] = []
         with record.timed("plan"), torch.no_grad():
