@@ -135,7 +135,7 @@ class Dtype(Enum):
 
 
 class LogprobDtype(Enum):
-    """Floating point type of the teacher's top-K log-probs in a trajectory batch."""
+    """Floating point type of stored log-probs."""
 
     float32 = "float32"
     float16 = "float16"

@@ -185,7 +185,6 @@ def test_killed_and_resumed_it_is_the_unbroken_run(short_run: tuple[Path, str], 
     children = descendants(process)
     process.kill()
     process.communicate(timeout=60)
-    assert_gone(children, within_s=60)
     folder = run_folder(runs)
     assert 3 <= len(losses(folder)) < 8
     process = start(*args)
@@ -198,6 +197,8 @@ def test_killed_and_resumed_it_is_the_unbroken_run(short_run: tuple[Path, str], 
     assert (folder / "trained.jsonl").read_text() == (unbroken / "trained.jsonl").read_text()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 8 and summary["ledger"]["trained"] == 32
+    # Two agents of Ray look once a minute whether their node is still there.
+    assert_gone(children, within_s=90)
 
 
 def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_create_makes_the_folder_and_says_that_it_runs(tmp_path: Path, noon: Non
     folder = RunFolder.create(tmp_path / "a" / "runs", "lsm_block64-tiny-s0")
     assert folder.path == tmp_path / "a" / "runs" / f"lsm_block64-tiny-s0-{NOON}"
     assert read(folder.path / "status.json") == {"status": "running", "error": None}
-    assert os.listdir(folder.path) == ["status.json"]
+    assert sorted(os.listdir(folder.path)) == [".lock", "status.json"]
 
 
 def test_a_relative_runs_dir_survives_a_change_of_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_write_text_replaces_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(RunFolderError, match="cannot write .*config.yaml: No space left"):
         folder.write_text("config.yaml", "half")
     assert (folder.path / "config.yaml").read_text() == "a: \u00b5\n"
-    assert sorted(os.listdir(folder.path)) == ["config.yaml", "status.json"]
+    assert sorted(os.listdir(folder.path)) == [".lock", "config.yaml", "status.json"]
 
 
 @pytest.mark.parametrize("name", ["a/b", "../b", "/b", "", ".."])
