@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import pipeline_publication, pipeline_runs, pipeline_stages
-from benchmarks.machine import machine
+from benchmarks.machine import finish, machine
 from benchmarks.pipeline_runs import QUICK_VARIANTS, VARIANTS, TinyOptions
 from benchmarks.pipeline_stages import StageWork
 
@@ -120,10 +119,7 @@ def main() -> int:
             sys.stderr.write(f"{name}: done in {parts[name]['wall_s']:.0f} s\n")
     checks = [item for part in parts.values() for item in part.pop("checks")]
     record = {"benchmark": "pipeline", "machine": machine(), **parts, "checks": checks}
-    if args.out is not None:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
-    return 0 if all(item["ok"] for item in record["checks"]) else 1
+    return finish(record, args.out)
 
 
 if __name__ == "__main__":

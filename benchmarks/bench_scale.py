@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import os
 import sys
@@ -30,7 +29,7 @@ from typing import Any
 
 import ray
 
-from benchmarks.machine import check, machine
+from benchmarks.machine import check, finish, machine
 from benchmarks.scale_actors import SCORED_BYTES_PER_TOKEN, Sizes
 from benchmarks.scale_cluster import RESPONSE_TOKENS, part_of, start, use
 from benchmarks.scale_inprocess import in_process, store_in_process
@@ -228,10 +227,7 @@ def main() -> int:
         "on_paper": paper,
         "checks": checks(found, paper),
     }
-    if args.out is not None:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
-    return 0 if all(item["ok"] for item in record["checks"]) else 1
+    return finish(record, args.out)
 
 
 if __name__ == "__main__":

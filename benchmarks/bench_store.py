@@ -19,7 +19,6 @@ import argparse
 import asyncio
 import importlib.metadata
 import importlib.util
-import json
 import logging
 import os
 import statistics
@@ -29,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import check, machine, spread
+from benchmarks.machine import check, finish, machine, spread
 from benchmarks.store_contenders import Contender, OpdRay
 from benchmarks.store_peers import TorchRL, TransferQueue
 from benchmarks.store_queues import QueueLists, QueueNumpy, QueueNumpyRefs
@@ -186,10 +185,7 @@ def main() -> int:
         "ratios": against,
         "checks": checks(against, skipped),
     }
-    if args.out is not None:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
-    return 0 if all(item["ok"] for item in record["checks"]) else 1
+    return finish(record, args.out)
 
 
 if __name__ == "__main__":

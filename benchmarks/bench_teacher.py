@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.machine import check, machine, spread
+from benchmarks.machine import check, finish, machine, spread
 from benchmarks.teacher_scorers import Work, make_scorer
 from opd_ray.actors.group import MALLOC_ENV
 from opd_ray.choices import Dtype, Template
@@ -253,10 +253,7 @@ def main() -> int:
         record["figures"][name] = figures
         record["checks"] += checks
     record["workload"]["vllm_compiled"] = args.compile
-    if args.out is not None:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
-    return 0 if all(item["ok"] for item in record["checks"]) else 1
+    return finish(record, args.out)
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not args.trl_python.is_file():
-        parser.error(f"{args.trl_python} is missing: bash launch/oracles.sh -k none, or --trl-python")
+        parser.error(f"{args.trl_python} is missing: bash launch/extra_environment.sh oracles, or --trl-python")
     with tempfile.TemporaryDirectory(prefix="vs-trl-") as scratch:
         record = measure(args, Bench(args, args.keep or Path(scratch)))
     if args.out is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +45,11 @@ def check(name: str, value: float, target: str) -> dict[str, Any]:
     relation, bound = target.split()
     is_met = value >= float(bound) if relation == ">=" else value <= float(bound)
     return {"name": name, "value": value, "target": target, "ok": is_met}
+
+
+def finish(record: dict[str, Any], out: Path | None) -> int:
+    """Write the record to `out` and print it as the last line; the exit code says whether all checks are met."""
+    if out is not None:
+        out.write_text(json.dumps(record, indent=1) + "\n")
+    sys.stdout.write(json.dumps(record) + "\n")
+    return 0 if all(item["ok"] for item in record["checks"]) else 1

@@ -34,7 +34,7 @@ def committed_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         folder.rename(aside)
     temporary.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -55,11 +55,12 @@ def _sync_tree(folder: Path) -> None:
     """Wait until every file and folder under `folder` is on the disk."""
     for parent, _, names in os.walk(folder):
         for name in names:
-            _sync(Path(parent, name))
-        _sync(Path(parent))
+            sync(Path(parent, name))
+        sync(Path(parent))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

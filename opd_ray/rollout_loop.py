@@ -101,7 +101,7 @@ class RolloutLoop:
         by_prompt: dict[str, list[int]] = {}
         for slot, prompt_id in pending.items():
             if prompt_id is not None:
-                by_prompt.setdefault(f"{prompt_id}", []).append(slot)
+                by_prompt.setdefault(prompt_id, []).append(slot)
         for prompt_id, slots in by_prompt.items():
             self._start(RolloutRequest((self._source.find(prompt_id),), tuple(slots), len(slots)))
         if new := [slot for slot, prompt_id in pending.items() if prompt_id is None]:

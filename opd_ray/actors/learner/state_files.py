@@ -8,7 +8,6 @@ Imports torch: learner workers only.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opd_ray.actors.learner.optimizer_shards import Fragment
+from opd_ray.committed_folder import sync
 from opd_ray.errors import CheckpointError
 
 FORMAT = 1
@@ -65,7 +65,7 @@ def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> StateF
     path = folder / name
     try:
         save_file(tensors, path)
-        _sync(path)
+        sync(path)
         return StateFile(name, _checksum_of(path), path.stat().st_size)
     except (OSError, SafetensorError) as error:
         raise _unwritable(path, error) from error
@@ -77,8 +77,8 @@ def write_index(folder: Path, index: StateIndex) -> None:
     body = {"format": FORMAT, **asdict(index)}
     try:
         path.write_text(json.dumps({"checksum": _checksum_json(body), "index": body}), encoding="utf-8")
-        _sync(path)
-        _sync(folder)
+        sync(path)
+        sync(folder)
     except OSError as error:
         raise _unwritable(path, error) from error
 
@@ -146,14 +146,6 @@ def _checksum_of(path: Path) -> str:
 
 def _checksum_json(body: Any) -> str:
     return xxhash.xxh3_128(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unwritable(path: Path, error: Exception) -> CheckpointError:
