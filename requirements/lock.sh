@@ -14,7 +14,7 @@ trap 'rm -rf -- "$scratch"' EXIT
 "$python" -m venv "$scratch/venv"
 "$scratch/venv/bin/python" -m pip install --quiet "pip==$pip_version"
 "$scratch/venv/bin/python" -m pip install "$@" --quiet --dry-run --ignore-installed \
-  --report "$scratch/report.json" "${root}[cpu,dev,math,plot,smollm2]"
+  --report "$scratch/report.json" "${root}[cpu,dev,smollm2]"
 
 "$scratch/venv/bin/python" - "$scratch/report.json" "$pip_version" >"$scratch/cpu.lock" <<'PYTHON'
 import json
