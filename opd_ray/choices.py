@@ -38,6 +38,30 @@ class Support(Enum):
     student_topk = "student_topk"
 
 
+class TeacherBackend(Enum):
+    """What runs the teacher: `transformers`, in the worker's own process, or a `vllm` engine, which can be split."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+class PlacementStrategy(Enum):
+    """How a group's workers lie on nodes: together if they can (`pack`), apart if they can (`spread`), or `strict_`."""
+
+    pack = "pack"
+    spread = "spread"
+    strict_pack = "strict_pack"
+    strict_spread = "strict_spread"
+
+
+class Offload(Enum):
+    """What DeepSpeed keeps in host memory: nothing, the `optimizer`'s state, or the parameters too (ZeRO 3)."""
+
+    none = "none"
+    optimizer = "optimizer"
+    parameters = "parameters"
+
+
 class Direction(Enum):
     """`forward`: KL(teacher || student); `reverse`: KL(student || teacher)."""
 
@@ -198,10 +222,15 @@ class Overlong(Enum):
 
 
 class AnswerFormat(Enum):
-    """Where the final answer stands in a response (`evaluation.answers`)."""
+    r"""Where the final answer stands in a response (`evaluation.answers`).
+
+    `tiny`: ``#n`` on the last line; `last_number`: the number after the last ``####``, else the last one; `hash_number`:
+    after the last ``####`` only; `boxed`: the last ``\boxed{}``.
+    """
 
     tiny = "tiny"
     last_number = "last_number"
+    hash_number = "hash_number"
     boxed = "boxed"
 
 

@@ -24,12 +24,15 @@ from opd_ray.choices import (
     LrSchedule,
     MaskRule,
     ObjectiveKind,
+    Offload,
     OnNewWeights,
     Overlong,
+    PlacementStrategy,
     ReplayOrder,
     StalePolicy,
     Support,
     TauMode,
+    TeacherBackend,
     Template,
     WandbMode,
 )
@@ -73,6 +76,10 @@ class TeacherConfig:
     num_cpus: float = ranged(0.0, "CPUs of one worker, 0 = an even share; whole CPUs are its threads", ge=0)
     num_gpus: float = ranged(0.0, "GPUs of one worker", ge=0)
     max_batch_tokens: int = ranged(8192, "padded tokens in one forward pass", ge=1)
+    backend: TeacherBackend = documented(TeacherBackend.transformers, "what runs the teacher")
+    tensor_parallel: int = ranged(1, "`backend=vllm`: processes (GPUs) that one worker's model is split over", ge=1)
+    kv_cache_gib: int = ranged(1, "`backend=vllm`: KV cache of a worker on CPU, GiB", ge=1)
+    gpu_memory_utilization: float = ranged(0.6, "`backend=vllm`: share of a GPU that a worker may take", gt=0, le=1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -108,6 +115,7 @@ class RolloutConfig:
     kv_cache_gib: int = ranged(1, "KV cache of an engine on CPU, GiB", ge=1)
     gpu_memory_utilization: float = ranged(0.6, "share of a GPU that an engine may take", gt=0, le=1)
     on_new_weights: OnNewWeights = documented(OnNewWeights.partial, "what becomes of running requests")
+    tensor_parallel: int = ranged(1, "processes (GPUs) that one engine's model is split over", ge=1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -135,6 +143,7 @@ class LearnerConfig:
     num_cpus: float = ranged(0.0, "CPUs of one rank, 0 = an even share; whole CPUs are its threads", ge=0)
     num_gpus: float = ranged(0.0, "GPUs of one rank", ge=0)
     zero_stage: int = ranged(1, "DeepSpeed ZeRO stage", ge=1, le=3)
+    offload: Offload = documented(Offload.none, "what is kept in host memory instead of the GPU's")
     dtype: Dtype = documented(Dtype.float32, "dtype of the training forward and backward")
     lr: float = ranged(1e-4, "peak learning rate of AdamW", gt=0)
     lr_schedule: LrSchedule = documented(LrSchedule.constant, "schedule after the warm-up")
@@ -229,16 +238,29 @@ class FaultConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class PlacementConfig:
+    """How each group's workers lie on the nodes of a cluster; on one node it decides nothing."""
+
+    rollout: PlacementStrategy = documented(PlacementStrategy.spread, "engines")
+    teacher: PlacementStrategy = documented(PlacementStrategy.spread, "teachers")
+    learner: PlacementStrategy = documented(PlacementStrategy.pack, "ranks, which exchange gradients every step")
+
+
+@dataclass(kw_only=True, slots=True)
 class TelemetryConfig:
     """Where a run can be watched."""
 
     wandb: WandbMode = documented(WandbMode.auto, "W&B mode")
     wandb_project: str = documented("opd_ray", "W&B project")
+    ray_metrics: bool = documented(True, "export metrics to Ray, for its dashboard, Prometheus and Grafana")
     progress: bool = documented(True, "show the progress bar")
     probe_positions: int = ranged(
         64, "positions a rank and step where the full distribution is looked at, 0 = none", ge=0
     )
     min_support_mass: float = ranged(0.5, "alarm where the student's mean mass on the support is below", ge=0, le=1)
+    dump_trajectories: int = ranged(
+        0, "trajectories of a step that are written to the run folder for `opd_ray.inspect`, 0 = none", ge=0
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -263,6 +285,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     @property

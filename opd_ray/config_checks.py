@@ -14,10 +14,12 @@ from opd_ray.choices import (
     GateKind,
     GateNormalize,
     ObjectiveKind,
+    Offload,
     ReplayOrder,
     StalePolicy,
     Support,
     TauMode,
+    TeacherBackend,
     Template,
 )
 from opd_ray.config import RunConfig
@@ -30,6 +32,7 @@ def check_config(cfg: RunConfig) -> None:
         _check_range(key, value, meta)
     _check_paths(cfg)
     _check_groups(cfg)
+    _check_split_models(cfg)
     _check_objective(cfg)
     _check_gate(cfg)
     _check_replay(cfg)
@@ -92,6 +95,33 @@ def _check_groups(cfg: RunConfig) -> None:
         raise ConfigError(
             f"learner.warmup_steps={cfg.learner.warmup_steps} does not fit num_steps={cfg.num_steps}: "
             f"give a value < {cfg.num_steps}"
+        )
+
+
+def _check_split_models(cfg: RunConfig) -> None:
+    """Models that are split over processes, or kept in host memory."""
+    parts = {"rollout": cfg.rollout, "teacher": cfg.teacher}
+    for name, part in parts.items():
+        if part.num_gpus and part.tensor_parallel > 1 and part.num_gpus != part.tensor_parallel:
+            raise ConfigError(
+                f"{name}.tensor_parallel={part.tensor_parallel} with {name}.num_gpus={part.num_gpus:g}: each of its "
+                f"processes needs a GPU; give {name}.num_gpus={part.tensor_parallel}"
+            )
+    teacher = cfg.teacher
+    if teacher.backend is TeacherBackend.transformers and teacher.tensor_parallel > 1:
+        raise ConfigError(
+            f"teacher.tensor_parallel={teacher.tensor_parallel} with teacher.backend=transformers, which runs in one "
+            "process: set teacher.backend=vllm, or teacher.tensor_parallel=1"
+        )
+    if teacher.backend is TeacherBackend.vllm and teacher.support is Support.student_topk:
+        raise ConfigError(
+            "teacher.support=student_topk with teacher.backend=vllm, which scores its own top K only: set "
+            "teacher.backend=transformers"
+        )
+    if cfg.learner.offload is Offload.parameters and cfg.learner.zero_stage != 3:
+        raise ConfigError(
+            f"learner.offload=parameters with learner.zero_stage={cfg.learner.zero_stage}, which keeps parameters "
+            "whole on every rank: set learner.zero_stage=3, or learner.offload=optimizer"
         )
 
 

@@ -28,7 +28,10 @@ MIN_PREFILL_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """How an engine is built. `max_model_tokens` bounds prompt + response, `top_logprobs` a request's."""
+    """How an engine is built. `max_model_tokens` bounds prompt + response, `top_logprobs` a request's.
+
+    With `tensor_parallel` above 1 the model is split over as many processes, children of the engine's.
+    """
 
     model_path: str
     dtype: str
@@ -37,6 +40,7 @@ class EngineSpec:
     gpu_memory_utilization: float
     top_logprobs: int
     on_new_weights: OnNewWeights
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,9 @@ class Engine:
                 max_num_seqs=spec.max_num_seqs,
                 gpu_memory_utilization=spec.gpu_memory_utilization,
                 enforce_eager=True,
-                distributed_executor_backend="uni",
+                tensor_parallel_size=spec.tensor_parallel,
+                distributed_executor_backend="uni" if spec.tensor_parallel == 1 else "mp",
+                worker_extension_cls=weight_transfer.WORKER_EXTENSION,
                 async_scheduling=False,
                 # Cached prefixes would outlive the weights that made them.
                 enable_prefix_caching=False,

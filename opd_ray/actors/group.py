@@ -5,18 +5,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorAlreadyExistsError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
-from opd_ray.errors import ActorDiedError, ActorError, DeadlineError, OpdError
+from opd_ray.actors.placement_groups import LOOK_S, Placement, place
+from opd_ray.choices import PlacementStrategy
+from opd_ray.errors import ActorDiedError, ActorError, DeadlineError, LearnerLostError, OpdError, PayloadLostError
 from opd_ray.placement import Share
 
 logger = logging.getLogger(__name__)
+
+# How long an actor whose connection broke is waited for before Ray is asked again.
+_VERDICT_S = 2.0
 
 # Handed on to workers where the driver has them set.
 _INHERITED = ("HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT", "VLLM_LOGGING_LEVEL")
@@ -53,6 +67,14 @@ def worker_env(share: Share) -> dict[str, str]:
     return env | {name: os.environ[name] for name in _INHERITED if name in os.environ}
 
 
+def vllm_env(share: Share, kv_cache_gib: int, tensor_parallel: int) -> dict[str, str]:
+    """More environment variables of a worker that runs a vLLM engine, which may be split over several processes."""
+    if share.gpus:
+        return {}
+    threads = {"OMP_NUM_THREADS": str(max(1, share.threads // tensor_parallel))} if tensor_parallel > 1 else {}
+    return {"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib)} | threads
+
+
 @dataclass(frozen=True, slots=True)
 class _Recipe:
     """How a group's actors are made; `args` has one tuple of constructor arguments for each."""
@@ -63,7 +85,7 @@ class _Recipe:
 
 
 class WorkerGroup:
-    """Some equal actors; owns their handles, replaces the dead, and ends them.
+    """Some equal actors; owns their handles and their room, replaces the dead, and ends them.
 
     `role` is what errors and the dashboard call them; at most `max_restarts` actors are replaced in a run.
     """
@@ -75,9 +97,17 @@ class WorkerGroup:
         self.workers: list[Any] = []
         self._max_restarts = max_restarts
         self._recipe: _Recipe | None = None
-        self._locks: list[asyncio.Lock] = []
+        self._placement: Placement | None = None
+        self._replacements: dict[int, asyncio.Task[None]] = {}
 
-    def start(self, worker_class: type, share: Share, args: Sequence[tuple[Any, ...]], env: dict[str, str]) -> None:
+    def start(  # noqa: PLR0913  (the public surface)
+        self,
+        worker_class: type,
+        share: Share,
+        args: Sequence[tuple[Any, ...]],
+        env: dict[str, str],
+        strategy: PlacementStrategy = PlacementStrategy.spread,
+    ) -> None:
         """Create one actor for each tuple of constructor arguments, named ``<role>-<index>``; returns at once."""
         options = {
             "num_cpus": share.ray_cpus,
@@ -86,20 +116,27 @@ class WorkerGroup:
             "max_restarts": 0,
         }
         self._recipe = _Recipe(ray.remote(worker_class), tuple(args), options)
+        self._placement = place(self.role, share, len(args), strategy)
         self._spawn_all(len(args))
 
     def _spawn_all(self, num_workers: int) -> None:
         self.workers = [self._spawn(index) for index in range(num_workers)]
-        self._locks = [asyncio.Lock() for _ in self.workers]
 
     def _spawn(self, index: int) -> Any:
         if self._recipe is None:
             raise RuntimeError(f"the group {self.role} was not started: call start first")
         recipe = self._recipe
-        return start_named(recipe.actor_class, f"{self.role}-{index}", recipe.options, recipe.args[index])
+        options = recipe.options | (self._placement.options(index) if self._placement is not None else {})
+        return start_named(recipe.actor_class, f"{self.role}-{index}", options, recipe.args[index])
+
+    async def placed(self) -> None:
+        """Wait until every actor has a node; raises `ResourceError` after `deadline_s`."""
+        if self._placement is not None:
+            await self._placement.wait(self.deadline_s)
 
     async def ready(self) -> None:
-        """Wait until every actor has been constructed."""
+        """Wait until every actor has a node and has been constructed."""
+        await self.placed()
         await self.all(lambda worker: worker.ping.remote())
 
     async def all(self, call: Callable[[Any], Any]) -> list[Any]:
@@ -112,30 +149,95 @@ class WorkerGroup:
         """The value of one call's reference; an error becomes an `OpdError` that names the actor."""
         return await remote_result(ref, f"{self.role}-{index}", self.deadline_s)
 
-    def lock(self, index: int) -> asyncio.Lock:
-        """Held by whoever replaces a worker, or changes what it serves with."""
-        return self._locks[index]
+    @property
+    def absent(self) -> set[int]:
+        """Workers that died and are not replaced yet; the group goes on with the others."""
+        return {index for index, task in self._replacements.items() if not task.done()}
+
+    def replace(self, index: int, dead: Any, error: ActorDiedError) -> asyncio.Task[None]:
+        """Begin to put a new actor in the place of `dead`, whose death is `error`; the task ends when it serves.
+
+        Where that was begun already it is the same task. Raises `error` when the group's restarts are used up.
+        """
+        task = self._replacements.get(index)
+        if task is not None and (self.workers[index] is dead or not task.done()):
+            return task
+        if self.workers[index] is dead:
+            self._count_restart(error)
+        task = asyncio.create_task(self._replaced(index, dead))
+        # Nobody may be waiting for it when it fails; whoever comes next is told.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._replacements[index] = task
+        return task
 
     async def revive(self, index: int, dead: Any, error: ActorDiedError) -> None:
-        """Put a new actor in the place of `dead`, whose death is `error`, once it is prepared to serve.
+        """`replace`, and wait until the new actor is prepared to serve."""
+        await asyncio.shield(self.replace(index, dead, error))
 
-        Returns at once if that has been done already; raises `error` when the group's restarts are used up.
-        """
-        async with self.lock(index):
-            while self.workers[index] is dead:
-                self._count_restart(error)
-                self._kill(dead)
-                worker = self._spawn(index)
-                try:
-                    await self.result(worker.ping.remote(), index)
-                    await self.prepare(worker, index)
-                except ActorDiedError as again:
-                    error, dead, self.workers[index] = again, worker, worker
-                except BaseException:
-                    self._kill(worker)
+    async def someone_serves(self) -> None:
+        """Wait while all workers are absent; raises what ends a replacement."""
+        while len(self.absent) == len(self.workers):
+            done, _ = await asyncio.wait(self._replacements.values(), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+
+    async def _replaced(self, index: int, dead: Any) -> None:
+        while self.workers[index] is dead:
+            await self._verdict(dead)
+            self._kill(dead)
+            worker = self._spawn(index)
+            try:
+                await self._find_room(index)
+                await self.result(worker.ping.remote(), index)
+                await self.prepare(worker, index)
+            except ActorDiedError as again:
+                dead = self.workers[index] = worker
+                if isinstance(again, LearnerLostError):
                     raise
-                else:
-                    self.workers[index] = worker
+                self._count_restart(again)
+            except BaseException:
+                self._kill(worker)
+                raise
+            else:
+                self.workers[index] = worker
+
+    async def _verdict(self, dead: Any) -> None:
+        """Wait until Ray knows what became of an actor whose connection broke: of a lost node it learns late.
+
+        Before, it would place the new actor on the same node.
+        """
+        begun = time.monotonic()
+        while time.monotonic() - begun < self.deadline_s:
+            try:
+                async with asyncio.timeout(_VERDICT_S):
+                    await dead.ping.remote()
+            except ActorUnavailableError:
+                await asyncio.sleep(_VERDICT_S / 2)
+            except (TimeoutError, RayError, OpdError):
+                return
+            else:
+                return
+
+    async def _find_room(self, index: int) -> None:
+        """Wait until a new actor has a node: without end while others serve, else for `deadline_s`."""
+        if self._placement is None:
+            return
+        begun: float | None = None
+        warned = False
+        while not await self._placement.is_placed(index):
+            if not warned:
+                left = len(self.workers) - len(self.absent)
+                logger.warning("no node has room for %s-%d: going on with %d of its group", self.role, index, left)
+                warned = True
+            if len(self.absent) < len(self.workers):
+                begun = None
+            else:
+                begun = begun or time.monotonic()
+                if time.monotonic() - begun > self.deadline_s:
+                    raise self._placement.no_room(time.monotonic() - begun)
+            await asyncio.sleep(LOOK_S)
+        if warned:
+            logger.warning("%s-%d has a node again", self.role, index)
 
     def _count_restart(self, error: ActorDiedError) -> None:
         if self.num_restarts >= self._max_restarts:
@@ -152,6 +254,7 @@ class WorkerGroup:
     async def restart(self, error: ActorDiedError) -> None:
         """Put new actors in the place of all, because `error` made the group useless; await `ready` afterwards."""
         self._count_restart(error)
+        await asyncio.gather(*(self._verdict(worker) for worker in self.workers))
         for worker in self.workers:
             self._kill(worker)
         self._spawn_all(len(self.workers))
@@ -161,10 +264,15 @@ class WorkerGroup:
         await self.all(lambda worker: worker.stop.remote())
 
     def shutdown(self) -> None:
-        """End all actors."""
+        """End all actors, and give back their room."""
+        for task in self._replacements.values():
+            task.cancel()
         for worker in self.workers:
             self._kill(worker)
         self.workers = []
+        if self._placement is not None:
+            self._placement.remove()
+            self._placement = None
 
     def _kill(self, worker: Any) -> None:
         ray.kill(worker, no_restart=True)
@@ -181,8 +289,9 @@ def start_named(actor_class: Any, name: str, options: dict[str, Any], args: Sequ
 async def remote_result(ref: Any, actor: str, deadline_s: float | None) -> Any:
     """Await an object reference; `deadline_s` None: as long as it takes.
 
-    Raises the actor's own `OpdError`, `ActorDiedError` when its process ended, `DeadlineError` when it gave no answer,
-    and `ActorError` when it failed in any other way.
+    Raises the actor's own `OpdError`, `PayloadLostError` when what it was handed is gone with a node, `ActorDiedError`
+    when its process ended or its answer is gone with its node, `DeadlineError` when it gave no answer, and `ActorError`
+    when it failed in any other way.
     """
     try:
         # Not wait_for: before Python 3.12 it can swallow a cancellation that meets the result.
@@ -197,12 +306,16 @@ async def remote_result(ref: Any, actor: str, deadline_s: float | None) -> Any:
         cause = error.cause
         if isinstance(cause, OpdError):
             raise cause from None
+        if isinstance(cause, ObjectLostError):
+            raise PayloadLostError(f"what actor {actor} was handed is gone with a node: have it made again") from error
         logger.error("actor %s failed:\n%s", actor, error)
         last = str(cause if cause is not None else error).strip().splitlines()
         raise ActorError(
             f"actor {actor} failed with {type(cause).__name__}: {last[-1] if last else ''} "
             "(the traceback is in run.log of the run folder): mend the cause and start again"
         ) from error
+    except ObjectLostError as error:
+        raise ActorDiedError(f"actor {actor} died, and its answer with its node: start again") from error
     except RayActorError as error:
         raise ActorDiedError(
             f"actor {actor} died ({_death_cause(error)}): look for lack of memory or a crash in the Ray dashboard's "

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opd_ray.actors.engine_group import EngineGroup
+from opd_ray.actors.group import vllm_env
 from opd_ray.choices import LogprobDtype, OnNewWeights, Support, Template
 from opd_ray.config import RunConfig
 from opd_ray.errors import ModelError
@@ -50,6 +51,7 @@ class RolloutSpec:
     top_k: int
     on_new_weights: OnNewWeights
     sampled_logprob_dtype: LogprobDtype
+    tensor_parallel: int = 1
 
     @classmethod
     def of(cls, cfg: RunConfig, name: str, model_path: str, dtype: str) -> RolloutSpec:
@@ -74,6 +76,7 @@ class RolloutSpec:
             top_k=cfg.teacher.top_k,
             on_new_weights=cfg.rollout.on_new_weights,
             sampled_logprob_dtype=cfg.replay.sampled_logprob_dtype,
+            tensor_parallel=cfg.rollout.tensor_parallel,
         )
 
     @property
@@ -117,6 +120,7 @@ class RolloutWorker:
                     gpu_memory_utilization=spec.gpu_memory_utilization,
                     top_logprobs=spec.student_top_k,
                     on_new_weights=spec.on_new_weights,
+                    tensor_parallel=spec.tensor_parallel,
                 )
             )
         except (ValueError, OSError) as error:
@@ -254,6 +258,6 @@ class RolloutGroup(EngineGroup):
         group = cls(role, cfg.deadline_s, cfg.faults.max_restarts)
         dtype = (cfg.student if role == ROLE else cfg.teacher).dtype.name
         specs = [(RolloutSpec.of(cfg, f"{role}-{index}", path, dtype),) for index, path in enumerate(paths)]
-        env = {"VLLM_CPU_KVCACHE_SPACE": str(cfg.rollout.kv_cache_gib)} if share.gpus == 0 else {}
+        env = vllm_env(share, cfg.rollout.kv_cache_gib, cfg.rollout.tensor_parallel)
         group.start(RolloutWorker, share, specs, env)
         return group

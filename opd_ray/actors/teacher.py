@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from opd_ray.actors.group import MALLOC_ENV, WorkerGroup
-from opd_ray.choices import Dtype, LogprobDtype, Support, Template
+from opd_ray.actors.group import MALLOC_ENV, WorkerGroup, vllm_env
+from opd_ray.choices import Dtype, LogprobDtype, Support, TeacherBackend, Template
 from opd_ray.config import RunConfig
 from opd_ray.placement import Share
 from opd_ray.types import BatchReceipt, Prompt
@@ -27,7 +27,10 @@ ROLE = "teacher"
 
 @dataclass(frozen=True, slots=True)
 class TeacherSpec:
-    """A teacher worker's part of the config; `vocab_size` is the number of ids that student and teacher share."""
+    """A teacher worker's part of the config; `vocab_size` is the number of ids that student and teacher share.
+
+    The last four matter to a vLLM engine only; `max_model_tokens` bounds prompt + response.
+    """
 
     name: str
     model_path: str
@@ -41,15 +44,28 @@ class TeacherSpec:
     threads: int
     support: Support = Support.teacher_topk
     sampled_logprob_dtype: LogprobDtype = LogprobDtype.float32
+    backend: TeacherBackend = TeacherBackend.transformers
+    max_model_tokens: int = 0
+    tensor_parallel: int = 1
+    gpu_memory_utilization: float = 0.6
+
+
+class Scorer(Protocol):
+    """What scores responses."""
+
+    def score(self, prompts: Sequence[Sequence[int]], responses: Sequence[Any], support: Any) -> list[Any]:
+        """See `teacher_model.TeacherModel.score`."""
+
+    def shutdown(self) -> None:
+        """End what was started."""
 
 
 class TeacherWorker:
-    """One copy of the teacher, run with transformers."""
+    """One copy of the teacher."""
 
     def __init__(self, spec: TeacherSpec) -> None:
         import torch
 
-        from opd_ray.actors.teacher_model import TeacherModel
         from opd_ray.actors.tokenization import PromptTokenizer, load_tokenizer
         from opd_ray.replay.schema import BatchSpec
 
@@ -57,7 +73,7 @@ class TeacherWorker:
         self._spec = spec
         tokenizer: Any = load_tokenizer(spec.model_path)
         pad_id = int(tokenizer.pad_token_id or 0)
-        self._model = TeacherModel(spec.model_path, spec.dtype, pad_id, spec.vocab_size, spec.max_batch_tokens)
+        self._model = load_scorer(spec, pad_id)
         self._prompts = PromptTokenizer(tokenizer, spec.template, spec.model_path)
         self._batch_spec = BatchSpec(
             spec.tokenizer_fingerprint,
@@ -100,7 +116,19 @@ class TeacherWorker:
         return out, BatchReceipt(receipt.trajectories, spec.name, time.monotonic() - started, out.size)
 
     def stop(self) -> None:
-        """Nothing to stop."""
+        """Stop what the scorer has started, so that the process can end at once."""
+        self._model.shutdown()
+
+
+def load_scorer(spec: TeacherSpec, pad_id: int) -> Scorer:
+    """The teacher's model, as `spec.backend` says; raises `ModelError`."""
+    if spec.backend is TeacherBackend.vllm:
+        from opd_ray.actors.teacher_engine import TeacherEngine
+
+        return TeacherEngine(spec)
+    from opd_ray.actors.teacher_model import TeacherModel
+
+    return TeacherModel(spec.model_path, spec.dtype, pad_id, spec.vocab_size, spec.max_batch_tokens)
 
 
 def rounded(arrays: Sequence[npt.NDArray[np.float32]], dtype: LogprobDtype) -> list[npt.NDArray[np.floating[Any]]]:
@@ -133,9 +161,15 @@ class TeacherGroup(WorkerGroup):
                     threads=share.threads,
                     support=cfg.teacher.support,
                     sampled_logprob_dtype=cfg.replay.sampled_logprob_dtype,
+                    backend=cfg.teacher.backend,
+                    max_model_tokens=cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens,
+                    tensor_parallel=cfg.teacher.tensor_parallel,
+                    gpu_memory_utilization=cfg.teacher.gpu_memory_utilization,
                 ),
             )
             for index in range(cfg.teacher.num_workers)
         ]
-        group.start(TeacherWorker, share, specs, MALLOC_ENV)
+        is_engine = cfg.teacher.backend is TeacherBackend.vllm
+        env = vllm_env(share, cfg.teacher.kv_cache_gib, cfg.teacher.tensor_parallel) if is_engine else MALLOC_ENV
+        group.start(TeacherWorker, share, specs, env)
         return group

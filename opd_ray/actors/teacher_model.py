@@ -78,6 +78,9 @@ class TeacherModel:
                 results[member] = Scores(*(value.numpy() for value in row))
         return [results[index] for index in range(len(prompts))]
 
+    def shutdown(self) -> None:
+        """Nothing was started."""
+
     def _check_shared(self, column: str, arrays: Sequence[Ids]) -> None:
         largest = max((int(array.max()) for array in arrays if array.size), default=-1)
         if largest >= len(self._head):

@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from opd_ray.actors.weights import WeightBucket, unpack_bucket
 
 BACKEND = "opd_object_store"
+WORKER_EXTENSION = "opd_ray.actors.engine_process.EngineProcess"
 
 
 @dataclass

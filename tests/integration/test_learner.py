@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from opd_ray.actors.learner.columns import learner_columns
 from opd_ray.actors.learner.step_report import RankReport, step_metrics
 from opd_ray.actors.tokenization import load_tokenizer, newline_token_mask
-from opd_ray.choices import GateKind
+from opd_ray.choices import GateKind, Offload
 from opd_ray.config import RunConfig
 from opd_ray.errors import DivergedError, ModelError, SchemaError
 from opd_ray.main import conf_dir
@@ -52,6 +52,16 @@ def config_of(experiment: str, *overrides: str) -> RunConfig:
 
 def with_zero(cfg: RunConfig, stage: int) -> RunConfig:
     return replace(cfg, learner=replace(cfg.learner, zero_stage=stage))
+
+
+def test_what_is_kept_in_host_memory_changes_no_number(two_ranks: VariantGroup, student_folder: Path) -> None:
+    """Optimizer state offloaded under ZeRO 2, and the parameters too under ZeRO 3, with activations recomputed."""
+    cfg = config_of("lsm_block64")
+    whole = two_ranks.run(with_zero(cfg, 2), str(student_folder), two_batches(), budget=150)
+    for stage, offload in ((2, Offload.optimizer), (3, Offload.optimizer), (3, Offload.parameters)):
+        learner = replace(cfg.learner, zero_stage=stage, offload=offload, gradient_checkpointing=True)
+        offloaded = two_ranks.run(replace(cfg, learner=learner), str(student_folder), two_batches(), budget=150)
+        assert_same(offloaded, whole, cfg)
 
 
 def two_batches(order: tuple[int, ...] = tuple(range(len(LENGTHS)))) -> list[VariantStep]:

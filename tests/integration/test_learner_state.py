@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from opd_ray.actors.learner.step_report import RankReport
-from opd_ray.choices import Dtype
+from opd_ray.choices import Dtype, Offload
 from opd_ray.config import RunConfig
 from opd_ray.errors import CheckpointError
 from opd_ray.replay.codec import decode
@@ -30,10 +30,12 @@ SAVED_AFTER = 3
 COMPARED = ("loss_sum", "ungated_loss_sum", "weight_sum", "num_tokens", "divisor", "grad_norm", "lr", "tau", "kl_sum")
 
 
-def config_of(experiment: str, stage: int = 1, dtype: Dtype = Dtype.float32) -> RunConfig:
+def config_of(
+    experiment: str, stage: int = 1, dtype: Dtype = Dtype.float32, offload: Offload = Offload.none
+) -> RunConfig:
     overrides = ("learner.lr=1e-3", "learner.lr_schedule=cosine", "num_steps=8", "gate.block_size=16")
     cfg = small_config(experiment, *overrides, "learner.weight_decay=0.1", "learner.grad_clip=0.05")
-    return replace(cfg, learner=replace(cfg.learner, zero_stage=stage, dtype=dtype))
+    return replace(cfg, learner=replace(cfg.learner, zero_stage=stage, dtype=dtype, offload=offload))
 
 
 def five_steps() -> list[VariantStep]:
@@ -88,9 +90,16 @@ CASES = [
     ("lsm_block64_tau_quantile", 3, 2, Dtype.float32),
     ("lsm_block64_engine_calibrated", 2, 2, Dtype.bfloat16),
 ]
+OFFLOADED = [
+    ("lsm_block64", 2, 2, Dtype.float32, Offload.optimizer),
+    ("lsm_block64", 3, 2, Dtype.float32, Offload.optimizer),
+    ("opd_block64", 3, 2, Dtype.bfloat16, Offload.parameters),
+]
 
 
-@pytest.mark.parametrize(("experiment", "stage", "num_ranks", "dtype"), CASES)
+@pytest.mark.parametrize(
+    ("experiment", "stage", "num_ranks", "dtype", "offload"), [(*case, Offload.none) for case in CASES] + OFFLOADED
+)
 def test_a_resumed_learner_equals_the_unbroken_one_to_the_last_bit(
     one_rank: VariantGroup,
     two_ranks: VariantGroup,
@@ -100,9 +109,10 @@ def test_a_resumed_learner_equals_the_unbroken_one_to_the_last_bit(
     stage: int,
     num_ranks: int,
     dtype: Dtype,
+    offload: Offload,
 ) -> None:
     group = one_rank if num_ranks == 1 else two_ranks
-    cfg = config_of(experiment, stage, dtype)
+    cfg = config_of(experiment, stage, dtype, offload)
     middle, end, again = folders(tmp_path, "middle", "end", "again")
     whole = unbroken(group, cfg, student_folder, middle, end)
     rest = resumed(group, cfg, student_folder, middle, again)

@@ -22,7 +22,7 @@ from opd_ray.choices import Dtype, LogprobDtype
 from opd_ray.config import RunConfig
 from opd_ray.errors import SchemaError
 from opd_ray.replay.codec import decode, encode_rollouts
-from opd_ray.replay.rows import ScoredRow, rollout_rows, scored_rows
+from opd_ray.replay.rows import RolloutRow, ScoredRow, rollout_rows, scored_rows
 from opd_ray.replay.schema import BatchSpec, read_spec
 from opd_ray.types import Prompt, RolloutRequest
 from tests.integration.runs import NO_SHARE, Engines, small_config, train
@@ -33,8 +33,14 @@ PROMPTS = (Prompt(id="a", problem="7+3-4="), Prompt(id="b", problem="12-5="))
 SAMPLES = 4
 # All that the embedded tokenizer has; K may be as large.
 VOCAB = 44
-# Support, K, and the dtype of the sampled tokens' log-probs.
-PARAMS = [("teacher_topk", 4, "float32"), ("student_topk", 4, "float16"), ("student_topk", VOCAB, "float32")]
+# Support, K, the dtype of the sampled tokens' log-probs, and whether both models run in vLLM, each in two processes.
+PARAMS = [
+    ("teacher_topk", 4, "float32", False),
+    ("student_topk", 4, "float16", False),
+    ("student_topk", VOCAB, "float32", False),
+    ("teacher_topk", 4, "float32", True),
+]
+SPLIT = ("rollout.tensor_parallel=2", "teacher.backend=vllm", "teacher.tensor_parallel=2")
 
 
 @dataclass
@@ -72,11 +78,12 @@ def score(teacher: TeacherGroup, payload: Any, receipt: Any) -> Any:
 def scored(
     ray_cluster: None, student_folder: Path, teacher_folder: Path, request: pytest.FixtureRequest
 ) -> Iterator[Scored]:
-    support, top_k, dtype = request.param
+    support, top_k, dtype, is_split = request.param
     # What is noted are raw log-probs, however the tokens are sampled.
     sampling = ("rollout.temperature=0.7", "rollout.top_p=0.8")
     dtypes = ("replay.logprob_dtype=float32", f"replay.sampled_logprob_dtype={dtype}")
-    cfg = small_config("lsm", f"teacher.support={support}", f"teacher.top_k={top_k}", *sampling, *dtypes)
+    split = SPLIT if is_split else ()
+    cfg = small_config("lsm", f"teacher.support={support}", f"teacher.top_k={top_k}", *sampling, *dtypes, *split)
     report = preflight(PreflightSpec.of(cfg, str(student_folder), str(teacher_folder)), [], [])
     assert report.vocab_size == VOCAB
     rollout = RolloutGroup.create(cfg, NO_SHARE, [str(student_folder)])
@@ -90,11 +97,12 @@ def scored(
     out, _ = score(teacher, payload, receipt)
     yield Scored(cfg, rollout, teacher, payload, out, student_folder, teacher_folder)
     asyncio.run(rollout.stop())
+    asyncio.run(teacher.stop())
     rollout.shutdown()
     teacher.shutdown()
 
 
-def plain_logprobs(folder: Path, row: ScoredRow) -> torch.Tensor:
+def plain_logprobs(folder: Path, row: RolloutRow) -> torch.Tensor:
     """Full log-softmax [T, V] at the response positions, by transformers."""
     model = load_causal_lm(str(folder), Dtype.float32)
     ids = [*row.prompt_token_ids.tolist(), *row.response_token_ids.tolist()]
@@ -170,9 +178,17 @@ def test_a_batch_for_another_support_is_refused(scored: Scored) -> None:
         asyncio.run(refused())
 
 
-def test_a_run_trains_on_the_support(scored: Scored) -> None:
+def test_a_run_trains_on_the_support_and_the_engine_has_its_weights(scored: Scored, tmp_path: Path) -> None:
     """The last test of these engines, as they end with trained weights."""
-    record = train(scored.cfg, Engines(scored.rollout, scored.teacher, str(scored.student)))
+
+    async def save(groups: Any, controller: Any) -> None:
+        await controller.save_student(tmp_path / "student")
+
+    record = train(scored.cfg, Engines(scored.rollout, scored.teacher, str(scored.student)), after=save)
+    for row in rollout_rows(decode(ray.get(generate(scored.rollout)[0]))):
+        sampled = torch.from_numpy(row.response_token_ids.astype(np.int64))
+        trained = plain_logprobs(tmp_path / "student", row).gather(1, sampled[:, None])[:, 0]
+        np.testing.assert_allclose(row.behavior_logprobs, trained, atol=1e-4, rtol=scored.rounding)
     assert record.of("replay/visits/max") == [1, 2]
     assert all(norm > 0 for norm in record.of("learner/grad_norm"))
     mass, overlap = record.of("support/student_mass/mean")[0], record.of("support/overlap_ratio/mean")[0]

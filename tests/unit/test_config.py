@@ -148,6 +148,21 @@ def test_groups_can_be_chosen_over_the_scale() -> None:
     assert composed("logger=none").telemetry.wandb.name == "disabled"
 
 
+SPLIT = (
+    "rollout.tensor_parallel=2 rollout.num_gpus=2 rollout.num_engines=2 teacher.backend=vllm teacher.num_gpus=4 "
+    "teacher.tensor_parallel=4 teacher.num_workers=1 teacher.gpu_memory_utilization=0.9 learner.zero_stage=3 "
+    "learner.offload=parameters learner.gradient_checkpointing=true learner.dtype=bfloat16"
+)
+
+
+@pytest.mark.parametrize("experiment", PAPER)
+def test_models_too_large_for_a_gpu_are_split_by_config(experiment: str) -> None:
+    cfg = composed(f"+experiment={experiment}", "scale=qwen3_1p7b", *SPLIT.split())
+    assert (cfg.rollout.tensor_parallel, cfg.teacher.tensor_parallel, cfg.teacher.backend.name) == (2, 4, "vllm")
+    assert (cfg.learner.zero_stage, cfg.learner.offload.name, cfg.learner.dtype.name) == (3, "parameters", "bfloat16")
+    assert cfg.learner.gradient_checkpointing
+
+
 def test_the_dtypes_of_stored_logprobs_are_chosen_apart() -> None:
     replay = composed().replay
     assert (replay.logprob_dtype.name, replay.sampled_logprob_dtype.name) == ("float16", "float32")
@@ -231,6 +246,11 @@ MISFITS = {
     "+experiment=lsm replay.max_bytes=-1": "replay.max_bytes=-1",
     "+experiment=lsm replay.spill_bytes=-1": "replay.spill_bytes=-1",
     "+experiment=forward_kl_renormalized teacher.top_k=1": "teacher.top_k=1",
+    "+experiment=lsm rollout.tensor_parallel=2 rollout.num_gpus=1": "rollout.tensor_parallel=2",
+    "+experiment=lsm teacher.backend=vllm teacher.tensor_parallel=4 teacher.num_gpus=2": "teacher.tensor_parallel=4",
+    "+experiment=lsm teacher.tensor_parallel=2": "teacher.backend=transformers",
+    "+experiment=lsm_student_support teacher.backend=vllm": "teacher.backend=vllm",
+    "+experiment=lsm learner.offload=parameters learner.zero_stage=2": "learner.zero_stage=2",
 }
 
 

@@ -12,7 +12,7 @@ import torch
 
 from opd_ray.actors.learner.policy_model import PolicyModel
 from opd_ray.actors.learner.schedule import lr_factor
-from opd_ray.choices import Dtype
+from opd_ray.choices import Dtype, Offload
 from opd_ray.config import LearnerConfig
 
 
@@ -43,13 +43,21 @@ def deepspeed_config(cfg: LearnerConfig, num_ranks: int) -> dict[str, Any]:
                 "fused": True,
             },
         },
-        "zero_optimization": {"stage": cfg.zero_stage},
+        "zero_optimization": {"stage": cfg.zero_stage, **_offload(cfg.offload)},
+        # DeepSpeed's own AdamW for host memory is a compiled op; torch's is used there too.
+        "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": cfg.grad_clip,
         "bf16": {"enabled": cfg.dtype is Dtype.bfloat16},
         # Accumulation in the gradients' own dtype keeps stage 1 on the optimizer that has a loss scale.
         "data_types": {"grad_accum_dtype": "bf16" if cfg.dtype is Dtype.bfloat16 else "fp32"},
         "steps_per_print": 2**31,
     }
+
+
+def _offload(offload: Offload) -> dict[str, Any]:
+    place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    parts = {Offload.none: (), Offload.optimizer: ("optimizer",), Offload.parameters: ("optimizer", "param")}
+    return {f"offload_{part}": place for part in parts[offload]}
 
 
 def start_engine(policy: PolicyModel, cfg: LearnerConfig, *, num_ranks: int, num_steps: int) -> Any:
