@@ -1,0 +1,112 @@
+"""What real learner ranks dump of their steps: the right numbers, and the very same run with and without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from opd_ray.actors.scoring_model import pad_rows
+from opd_ray.actors.tokenization import load_tokenizer
+from opd_ray.replay.codec import decode
+from opd_ray.replay.rows import scored_rows
+from opd_ray.trajectory_dump import DUMP_FOLDER, DumpedVisit, dump_entries, read_visits
+from tests.integration.test_learner import LENGTHS, config_of, losses, two_batches, with_zero
+from tests.integration.variants import VariantGroup
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
+
+# One each for: gate and LSM, spans, no gate and no log-probs, gradient through log-probs, weights that are planned
+# from the whole step, drift on some tokens only, positions that leave by entropy, a support that is one id wider.
+EXPERIMENTS = [
+    "lsm_block64",
+    "lsm_newline",
+    "lsm",
+    "opd_block64",
+    "lsm_block64_shuffle",
+    "lsm_block64_sampled_drift",
+    "lsm_high_entropy",
+    "lsm_with_sampled",
+]
+
+
+def dumped(run: Path) -> list[list[DumpedVisit]]:
+    """The visits of each step."""
+    visits = read_visits(dump_entries(run))
+    return [[visit for visit in visits if visit.step == step] for step in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_dump_changes_no_bit_of_a_run_and_adds_up_to_its_losses(
+    two_ranks: VariantGroup, student_folder: Path, tmp_path: Path, experiment: str
+) -> None:
+    cfg = with_zero(config_of(experiment, f"telemetry.dump_trajectories={len(LENGTHS)}"), 3)
+    without = two_ranks.run(cfg, str(student_folder), two_batches(), budget=100)
+    found = two_ranks.run(cfg, str(student_folder), two_batches(), budget=100, dump=tmp_path / DUMP_FOLDER)
+    assert losses(found, cfg) == losses(without, cfg)
+    for name, weight in without.weights.items():
+        assert torch.equal(found.weights[name], weight), name
+    for visits, loss in zip(dumped(tmp_path), losses(found, cfg), strict=True):
+        assert [visit.slot for visit in visits] == list(range(len(LENGTHS)))
+        mask = np.concatenate([visit.mask for visit in visits])
+        weights, of_tokens = (
+            np.concatenate([getattr(visit, name) for visit in visits])[mask] for name in ("token_weights", "losses")
+        )
+        assert weights.mean() == pytest.approx(1, rel=1e-5)
+        assert (weights * of_tokens).mean() == pytest.approx(loss, rel=1e-4, abs=1e-6)
+        for visit in visits:
+            _assert_consistent(visit, experiment)
+
+
+def _assert_consistent(visit: DumpedVisit, experiment: str) -> None:
+    """The numbers of a visit agree with each other."""
+    if experiment.startswith("lsm") and experiment != "lsm_with_sampled":
+        np.testing.assert_allclose(visit.kl, visit.losses, rtol=1e-4, atol=1e-5)
+    sampled_at = visit.student_topk_ids == visit.response_token_ids[:, None]
+    has = sampled_at.any(1)
+    np.testing.assert_allclose(
+        visit.student_topk_logprobs[sampled_at], visit.current_logprobs[has], rtol=1e-5, atol=1e-5
+    )
+    is_gated = experiment != "lsm" and not experiment.endswith(("entropy", "sampled"))
+    assert visit.is_measured == (is_gated and not visit.is_fresh)
+    if not visit.is_measured:
+        assert not visit.drift.any() or not is_gated
+        return
+    counts = visit.mask & np.isfinite(visit.drift)
+    sums = np.bincount(visit.segment_ids[counts], visit.drift[counts], minlength=len(visit.segment_drift))
+    means = sums / np.bincount(visit.segment_ids[counts], minlength=len(visit.segment_drift)).clip(1)
+    np.testing.assert_allclose(visit.segment_drift, means, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(visit.segment_gate, np.exp(-np.abs(means)), rtol=1e-3)
+    is_sampled = experiment == "lsm_block64_sampled_drift" and len(visit.drift) > 4  # tokens measured in a segment
+    assert np.isnan(visit.drift).any() == is_sampled
+
+
+def test_a_dump_tells_what_a_plain_forward_pass_finds(
+    one_rank: VariantGroup, student_folder: Path, tmp_path: Path
+) -> None:
+    """The first step's log-probs are those of the untrained student; of seven trajectories, three are dumped."""
+    cfg = config_of("opd_block64", "telemetry.dump_trajectories=3")
+    one_rank.run(cfg, str(student_folder), two_batches()[:1], budget=200, dump=tmp_path / DUMP_FOLDER)
+    visits = read_visits(dump_entries(tmp_path))
+    assert [visit.slot for visit in visits] == [0, 2, 4]
+    rows = scored_rows(decode(two_batches()[0].payload))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(student_folder), load_tokenizer(str(student_folder))
+    for visit in visits:
+        row = rows[visit.slot]
+        block = pad_rows([row.prompt_token_ids], [row.response_token_ids], 0, torch.device("cpu"))
+        with torch.no_grad():
+            logprobs = model(block.input_ids).logits[0][block.positions].log_softmax(-1).numpy()
+        sampled = np.take_along_axis(logprobs, row.response_token_ids[:, None].astype(np.int64), 1)[:, 0]
+        at_support = np.take_along_axis(logprobs, row.teacher_topk_ids.astype(np.int64), 1)
+        np.testing.assert_allclose(visit.current_logprobs, sampled, atol=1e-4)
+        np.testing.assert_allclose(visit.student_at_support_logprobs, at_support, atol=1e-4)
+        np.testing.assert_allclose(visit.student_topk_logprobs, -np.sort(-logprobs, axis=1)[:, :4], atol=1e-4)
+        np.testing.assert_allclose(visit.entropy, -(np.exp(logprobs) * logprobs).sum(1), atol=1e-4)
+        np.testing.assert_array_equal(visit.teacher_topk_ids, row.teacher_topk_ids)
+        np.testing.assert_array_equal(visit.engine_logprobs, row.behavior_logprobs)
+        assert visit.is_fresh and not visit.drift.any()
+        assert "".join(visit.response_pieces) == tokenizer.decode(row.response_token_ids)
+        assert visit.prompt_text == tokenizer.decode(row.prompt_token_ids)
