@@ -14,7 +14,9 @@ from opd_ray.run_folder import RunFolder
 from opd_ray.telemetry.json_lines import JsonLines
 from opd_ray.telemetry.metrics import MetricsWriter
 from opd_ray.telemetry.progress import Progress
-from opd_ray.telemetry.sinks import Sinks, WandbSink
+from opd_ray.telemetry.ray_metrics import RayMetricsSink
+from opd_ray.telemetry.sinks import Sink, Sinks, WandbSink
+from opd_ray.trajectory_dump import DUMP_FOLDER, drop_after
 from opd_ray.types import Histogram
 
 TRAINED_FILE = "trained.jsonl"
@@ -26,10 +28,14 @@ class RunOutputs:
     def __init__(
         self, cfg: TelemetryConfig, folder: RunFolder, config_values: Mapping[str, Any], progress: Progress
     ) -> None:
+        self._dump_folder = folder.path / DUMP_FOLDER
         self._metrics = MetricsWriter(folder.path)
         self._trained = JsonLines(folder.path / TRAINED_FILE)
         wandb = WandbSink(cfg.wandb, cfg.wandb_project, folder.path.name, config_values, folder.path)
-        self._sinks = Sinks([self._metrics, wandb])
+        sinks: list[Sink] = [self._metrics, wandb]
+        if cfg.ray_metrics:
+            sinks.append(RayMetricsSink({**config_values, "run": folder.path.name}))
+        self._sinks = Sinks(sinks)
         self._progress = progress
 
     def log(self, step: int, metrics: Mapping[str, float | Histogram]) -> None:
@@ -57,6 +63,7 @@ class RunOutputs:
         """Drop what was written after `notes` were taken; `step` is the policy version of then."""
         self._metrics.lines.cut(int(notes["metrics_bytes"]))
         self._trained.cut(int(notes["trained_bytes"]))
+        drop_after(self._dump_folder, step)
         self._progress.update(step, {})
 
     def close(self) -> None:
