@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 
 from benchmarks.machine import check
 from benchmarks.pipeline_runs import quartiles
@@ -133,8 +134,9 @@ class SleepingLearner:
         """The number of weight buckets."""
         return 1
 
-    def train_step(self, batch: RankBatch, *payloads: Any) -> RankReport:
-        """Sleep."""
+    def train_step(self, batch: RankBatch, refs: Sequence[Any]) -> RankReport:
+        """Fetch the payloads, and sleep."""
+        ray.get(list(refs))
         time.sleep(self._work.seconds(len(batch.rows)))
         num_tokens = sum(info.num_response_tokens for info in batch.infos.values())
         return RankReport(loss_sum=1.0, weight_sum=1.0, divisor=1.0, num_tokens=num_tokens, grad_norm=1.0)

@@ -146,7 +146,7 @@ class FakeRank:
         """One bucket of weights."""
         return 1
 
-    def train_step(self, batch: Any, *payloads: Payload) -> RankReport:
+    def train_step(self, batch: Any, refs: Sequence[Any]) -> RankReport:
         """The report of a step, at once."""
         from opd_ray.actors.learner.step_report import RankReport
 

@@ -27,7 +27,6 @@ class _InWaves(WorkerGroup):
     async def begin(self, worker_class: type, args: Sequence[tuple[Any, ...]], share: int) -> None:
         """One worker for each tuple of constructor arguments, of which `share` are one process; waits for all."""
         made: Any = ray.remote(worker_class)
-        self._locks = [asyncio.Lock() for _ in args]
         hosts: list[Any] = []
         while len(hosts) * share < len(args):
             first = len(hosts)
@@ -80,7 +79,6 @@ def part_of(cluster: Cluster, num_engines: int, num_teachers: int, num_ranks: in
     ):
         group = type(whole)(whole.role, DEADLINE_S)
         group.workers = whole.workers[:count]
-        group._locks = whole._locks[:count]
         groups.append(group)
     groups[2].tokens_per_microbatch = 2 * RESPONSE_TOKENS
     return Cluster(*groups)

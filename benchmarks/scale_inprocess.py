@@ -57,7 +57,6 @@ class _Engines(RolloutGroup):
 
     def take(self, targets: list[Any]) -> None:
         self.workers = [_Handle(target) for target in targets]
-        self._locks = [asyncio.Lock() for _ in targets]
 
 
 class _Teachers(WorkerGroup):
@@ -69,6 +68,7 @@ class _Learner:
     """All ranks in one, at once; what a step's dispatch costs is measured by `scale_parts`."""
 
     num_restarts = 0
+    absent = frozenset[int]()
 
     def __init__(self, num_ranks: int) -> None:
         self.workers = [None] * num_ranks

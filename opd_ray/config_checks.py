@@ -22,20 +22,25 @@ from opd_ray.choices import (
     TeacherBackend,
     Template,
 )
-from opd_ray.config import RunConfig
+from opd_ray.config import RolloutConfig, RunConfig, TeacherConfig
 from opd_ray.errors import ConfigError
 
 
 def check_config(cfg: RunConfig) -> None:
     """Raise `ConfigError` unless every field is in its range and the fields fit each other."""
-    for key, value, meta in _leaves(cfg, ""):
-        _check_range(key, value, meta)
+    check_ranges(cfg)
     _check_paths(cfg)
     _check_groups(cfg)
     _check_split_models(cfg)
     _check_objective(cfg)
     _check_gate(cfg)
     _check_replay(cfg)
+
+
+def check_ranges(part: Any, prefix: str = "") -> None:
+    """Raise `ConfigError` unless every field of a dataclass of settings, and of its parts, is in its range."""
+    for key, value, meta in _leaves(part, prefix):
+        _check_range(key, value, meta)
 
 
 def _leaves(part: Any, prefix: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -100,7 +105,7 @@ def _check_groups(cfg: RunConfig) -> None:
 
 def _check_split_models(cfg: RunConfig) -> None:
     """Models that are split over processes, or kept in host memory."""
-    parts = {"rollout": cfg.rollout, "teacher": cfg.teacher}
+    parts: dict[str, RolloutConfig | TeacherConfig] = {"rollout": cfg.rollout, "teacher": cfg.teacher}
     for name, part in parts.items():
         if part.num_gpus and part.tensor_parallel > 1 and part.num_gpus != part.tensor_parallel:
             raise ConfigError(

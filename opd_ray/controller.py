@@ -13,7 +13,8 @@ overlapped running are the same code.
 
 What happens to an actor that dies: a rollout or teacher worker is replaced while the others go on (`rollout_loop`), the
 store goes on from its last snapshot (`actors.store`), and a learner rank takes the whole run back to the last
-checkpoint, by the same steps as a resumed run.
+checkpoint, by the same steps as a resumed run. A node that dies takes its actors with it, and the payloads that it
+held: such trajectories leave the store when the learner's ranks find out (`learner_loop`), before any begins the step.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from opd_ray.actors.teacher import TeacherGroup
 from opd_ray.checkpoint import Checkpoint, Checkpoints
 from opd_ray.config import RunConfig
 from opd_ray.data.source import PromptSource
-from opd_ray.errors import LearnerLostError
-from opd_ray.evaluation.scoring import EvaluationResult, score
+from opd_ray.errors import ActorDiedError, LearnerLostError
+from opd_ray.evaluator import SamplesFile, evaluate, evaluation_metrics
 from opd_ray.learner_loop import LearnerLoop, RunTotals
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.rollout_loop import RolloutLoop
@@ -59,12 +60,13 @@ class Outputs:
     """Where a run's results go.
 
     `step_done` takes a new policy version, the batch that made it and its metrics; after `rolled_back` the steps that
-    follow its checkpoint (None: all) are done again.
+    follow its checkpoint (None: all) are done again. Samples of evaluations go to `samples_folder` (None: nowhere).
     """
 
     step_done: Callable[[int, SampledBatch, Mapping[str, float | Histogram]], None]
     rolled_back: Callable[[Checkpoint | None], None]
     checkpoints: Checkpoints
+    samples_folder: Path | None = None
 
 
 class Controller:
@@ -123,19 +125,19 @@ class Controller:
             )
             rollout_loop = asyncio.create_task(production.run())
             # The rollout loop ends before the learner loop (end of data) or is ended with it.
-            await _first_failure_or(learner_loop, rollout_loop, production.tasks)
+            await _first_failure_or(learner_loop, rollout_loop, production.tasks, production.replacements)
             # Where the data ended, some trajectories are still on their way; the books close when they are in.
             await asyncio.gather(*production.tasks)
         finally:
-            await _end({task for task in (rollout_loop, learner_loop, *production.tasks) if task is not None})
+            tasks = (rollout_loop, learner_loop, *production.tasks, *production.replacements)
+            await _end({task for task in tasks if task is not None})
 
     async def _take_back(self, error: LearnerLostError) -> Checkpoint | None:
         """After the loss of the learner: everything but the engines and teachers as it was at the last checkpoint."""
         checkpoints = self._outputs.checkpoints
         if not checkpoints.are_on:
             raise error
-        await self._groups.learner.restart(error)
-        await self._groups.learner.ready()
+        await self._restart_learner(error)
         checkpoint = checkpoints.latest()
         logger.warning(
             "going on from %s", f"step {checkpoint.policy_version}" if checkpoint else "the start: no checkpoint yet"
@@ -146,10 +148,20 @@ class Controller:
         self._outputs.rolled_back(checkpoint)
         return checkpoint
 
+    async def _restart_learner(self, error: ActorDiedError) -> None:
+        while True:
+            await self._groups.learner.restart(error)
+            try:
+                return await self._groups.learner.ready()
+            except ActorDiedError as again:
+                # The node that it was put on was lost as well, or Ray did not know yet that it was.
+                error = again
+
     async def _step_done(self, learning: LearnerLoop, batch: SampledBatch, metrics: Metrics) -> None:
         groups = self._groups
         for role, counted in (("rollout", groups.rollout), ("teacher", groups.teacher), ("learner", groups.learner)):
             metrics[f"faults/restarts/{role}"] = float(counted.num_restarts)
+            metrics[f"faults/absent/{role}"] = float(len(counted.absent))
         metrics["faults/restarts/store"] = float(groups.store.num_restarts)
         metrics |= await self._evaluate_in_training(learning)
         self._outputs.step_done(learning.policy_version, batch, metrics)
@@ -159,7 +171,10 @@ class Controller:
         if not every or not self._problems or version % every or version == self._cfg.num_steps:
             return {}
         await learning.publish()
-        return evaluation_metrics(await evaluate(self._cfg, self._groups.rollout, self._problems))
+        folder = self._outputs.samples_folder
+        path = folder / f"step-{version:06d}.parquet" if folder is not None else None
+        file = SamplesFile(path, self._cfg.student.path, version) if path is not None else None
+        return evaluation_metrics(await evaluate(self._cfg, self._groups.rollout, self._problems, file))
 
     async def save_student(self, folder: Path) -> None:
         """Write the trained student with `save_pretrained`."""
@@ -168,19 +183,6 @@ class Controller:
     async def ledger(self) -> dict[str, int]:
         """The store's books; they must balance."""
         return await self._groups.store.ledger()
-
-
-async def evaluate(cfg: RunConfig, engines: RolloutGroup, problems: list[Prompt]) -> EvaluationResult:
-    """Sample and grade n answers to every problem with the engines' current weights."""
-    begun = time.monotonic()
-    completions = await engines.complete(problems, cfg.evaluation.samples_per_problem)
-    wall_s = time.monotonic() - begun
-    return score(problems, completions, cfg.evaluation.answer_format, wall_s=wall_s)
-
-
-def evaluation_metrics(result: EvaluationResult) -> dict[str, float]:
-    """An evaluation's figures as metrics."""
-    return {f"evaluation/{name}": float(value) for name, value in result.as_dict().items()}
 
 
 async def _end(tasks: set[asyncio.Task[None]]) -> None:
@@ -194,15 +196,16 @@ async def _end(tasks: set[asyncio.Task[None]]) -> None:
 
 
 async def _first_failure_or(
-    main: asyncio.Task[None], helper: asyncio.Task[None], producers: set[asyncio.Task[None]]
+    main: asyncio.Task[None], helper: asyncio.Task[None], *others: set[asyncio.Task[None]]
 ) -> None:
-    """Wait for `main`; an error of `helper` or of any producer is raised at once. Ended producers are forgotten."""
+    """Wait for `main`; an error of `helper` or of any other is raised at once. Others that ended are forgotten."""
     while not main.done():
-        waiting = {main, *producers} | (set() if helper.done() else {helper})
-        # The timeout takes in producers that were started meanwhile.
+        waiting = {main}.union(*others) | (set() if helper.done() else {helper})
+        # The timeout takes in those that were started meanwhile.
         done, _ = await asyncio.wait(waiting, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
-            producers.discard(task)
+            for started in others:
+                started.discard(task)
             if task is not main:
                 task.result()
     main.result()

@@ -62,6 +62,10 @@ class CheckpointError(OpdError, ValueError):
     """A checkpoint cannot be written, or the one to resume from is missing, damaged, or of another run or version."""
 
 
+class PayloadLostError(OpdError, RuntimeError):
+    """Bytes in Ray's object store are gone with the node that held them; whoever needs them has them made again."""
+
+
 class WeightSyncError(OpdError, RuntimeError):
     """A rollout engine did not take over the published weights: version or checksum differ."""
 
@@ -84,3 +88,7 @@ class LearnerLostError(ActorDiedError):
 
 class DeadlineError(ActorError):
     """An actor gave no answer in time: it hangs, or the deadline is too short for its work."""
+
+
+class VerifierError(OpdError, RuntimeError):
+    """The process that verifies answers cannot be started: a broken installation, or no memory."""

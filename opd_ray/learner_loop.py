@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from opd_ray.actors.learner.diagnostics import Metrics
 from opd_ray.actors.learner.group import LearnerGroup
-from opd_ray.actors.learner.step_report import step_metrics
+from opd_ray.actors.learner.spec import LostTrajectories
+from opd_ray.actors.learner.step_report import RankReport, step_metrics
 from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import StoreClient
 from opd_ray.checkpoint import LEARNER, STORE, STUDENT, Checkpoint, CheckpointDraft, Checkpoints
@@ -41,6 +42,7 @@ class RunTotals:
 
     steps: int = 0
     trained_tokens: int = 0
+    lost_trajectories: int = 0
     wall_s: float = 0.0
 
 
@@ -78,13 +80,17 @@ class LearnerLoop:
             if batch is None:
                 break
             waited = time.monotonic() - begun
-            async with self._checkpoints.draft(self.policy_version + 1) as draft:
-                metrics = await self._step(batch, frontier, draft)
+            trained, metrics = await self._train(batch)
+            if trained is None:
+                await self._give_up(batch)
+                continue
+            async with self._checkpoints.draft(self.policy_version) as draft:
+                metrics |= await self._publish_and_release(batch, trained, frontier, draft)
                 metrics["time/wait_for_batch_s"] = waited
                 step_s = time.monotonic() - begun
                 metrics["time/step_s"] = step_s
-                metrics["time/tokens_per_s"] = sum(info.num_response_tokens for info in batch.infos) / step_s
-                await step_done(batch, metrics)
+                metrics["time/tokens_per_s"] = sum(info.num_response_tokens for info in trained.infos) / step_s
+                await step_done(trained, metrics)
             if draft is not None:
                 self._store.snapshot_committed(draft.committed / STORE)
         await self.publish()
@@ -100,24 +106,58 @@ class LearnerLoop:
         await self.publish()
         self._store.before_going_on = self._publish_all
 
-    async def _step(self, batch: SampledBatch, frontier: Frontier, draft: CheckpointDraft | None) -> Metrics:
-        metrics = await self._train(batch)
+    async def _publish_and_release(
+        self, batch: SampledBatch, trained: SampledBatch, frontier: Frontier, draft: CheckpointDraft | None
+    ) -> Metrics:
+        """After a step on what was left of `batch`."""
+        metrics: Metrics = {}
         visits = max(info.visits for info in batch.infos)
-        if self._cfg.replay.max_staleness > 0 or visits >= self._cfg.replay.reuse:
+        # A checkpoint may find that the rest of a cohort is lost, and then rollout goes on at once.
+        if self._cfg.replay.max_staleness > 0 or visits >= self._cfg.replay.reuse or draft is not None:
             metrics |= await self.publish()
         if draft is None:
             await self._store.release(batch.slots, self.policy_version)
         else:
             metrics["time/checkpoint_s"] = await self._release_into(draft, batch, frontier)
-        return metrics | pipeline_metrics(self._loads) | await self._batch_metrics(batch)
+        return metrics | pipeline_metrics(self._loads) | await self._batch_metrics(trained)
 
-    async def _train(self, batch: SampledBatch) -> Metrics:
+    async def _train(self, batch: SampledBatch) -> tuple[SampledBatch | None, Metrics]:
+        """One optimizer step on what of `batch` is there; what was trained on (None: all of it is lost)."""
         begun = time.monotonic()
         with self._loads["learner"].call(0, len(batch.slots)):
-            async with self._at_work:
-                reports = await self._ask(self._learner.train_step(batch, self.policy_version))
+            while isinstance(answer := await self._try_to_train(batch), LostTrajectories):
+                left = batch.without(answer.slots)
+                self._totals.lost_trajectories += len(batch.slots) - len(left.slots)
+                logger.warning(
+                    "step %d: %d of %d trajectories are gone with a node; it goes on with the others",
+                    self.policy_version + 1,
+                    len(batch.slots) - len(left.slots),
+                    len(batch.slots),
+                )
+                await self._store.lose(answer.slots)
+                batch = left
+                if not batch.slots:
+                    return None, {}
+        return batch, self._counted(answer, begun)
+
+    async def _try_to_train(self, batch: SampledBatch) -> list[RankReport] | LostTrajectories:
+        # Not held while the store is called: a store that is mended waits for `publish`.
+        async with self._at_work:
+            answer = await self._ask(self._learner.train_step(batch, self.policy_version))
+            if not isinstance(answer, LostTrajectories):
                 self.policy_version += 1
                 self._store.stepped(batch)
+            return answer
+
+    async def _give_up(self, batch: SampledBatch) -> None:
+        """Nothing of a batch is left: no step is made on it.
+
+        In lock-step the engines may be visits behind: what they sample for the next batch would be too old.
+        """
+        await self.publish()
+        await self._store.give_up(batch, self.policy_version)
+
+    def _counted(self, reports: list[RankReport], begun: float) -> Metrics:
         metrics = step_metrics(
             reports,
             is_gated=self._cfg.gate.kind is not GateKind.off,
@@ -128,6 +168,7 @@ class LearnerLoop:
         self._loads["learner"].done(time.monotonic() - begun, num_tokens)
         self._totals.steps = self.policy_version
         self._totals.trained_tokens += num_tokens
+        metrics["faults/lost_trajectories"] = float(self._totals.lost_trajectories)
         return metrics
 
     async def _release_into(self, draft: CheckpointDraft, batch: SampledBatch, frontier: Frontier) -> float:
@@ -153,7 +194,7 @@ class LearnerLoop:
         return {
             "time/publish_s": time.monotonic() - begun,
             "publish/bytes": float(receipt.num_bytes),
-            "publish/standstill_s/max": max(engine.standstill_s for engine in loaded),
+            "publish/standstill_s/max": max((engine.standstill_s for engine in loaded), default=0.0),
             "publish/aborted_tokens": float(sum(engine.num_aborted_tokens for engine in loaded)),
         }
 

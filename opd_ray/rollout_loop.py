@@ -15,7 +15,7 @@ from opd_ray.actors.group import WorkerGroup
 from opd_ray.actors.store import StoreClient
 from opd_ray.config import RunConfig
 from opd_ray.data.source import PromptSource
-from opd_ray.errors import ActorDiedError
+from opd_ray.errors import ActorDiedError, PayloadLostError
 from opd_ray.types import BatchReceipt, Prompt, RolloutRequest
 from opd_ray.workload import GroupLoad
 
@@ -45,6 +45,8 @@ class RolloutLoop:
         self._turn = 0
         self._has_ended = False
         self.tasks: set[asyncio.Task[None]] = set()
+        # Apart from these: a worker for which no node has room is not waited for at the end.
+        self.replacements: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Until the prompts have ended; woken by `store.release`."""
@@ -114,28 +116,42 @@ class RolloutLoop:
         self.tasks.add(asyncio.create_task(self._produce(request, engine)))
 
     async def _produce(self, request: RolloutRequest, engine: int) -> None:
-        """Hops 3 to 6 of one request."""
-        sampled = await self._attempt(
-            self._engines,
-            self._engine_load,
-            lambda worker: worker.generate.options(num_returns=2).remote(request),
-            cost=len(request.slots),
-            first=engine,
-        )
-        if sampled is not None:
-            payload, receipt = sampled
+        """Hops 3 to 6 of one request; from hop 3 again where the payload is gone with a node before it is scored."""
+        first: int | None = engine
+        for _ in range(self._cfg.faults.max_attempts):
             sampled = await self._attempt(
-                self._teachers,
-                self._teacher_load,
-                lambda worker: worker.score.options(num_returns=2).remote(payload, receipt, request.prompts),
-                cost=receipt.num_response_tokens,
+                self._engines,
+                self._engine_load,
+                lambda worker: worker.generate.options(num_returns=2).remote(request),
+                cost=len(request.slots),
+                first=first,
             )
-        if sampled is None:
-            logger.warning("%d slots failed: each of their workers died", len(request.slots))
-            await self._store.fail(request.slots, WORKER_DIED)
+            if sampled is None:
+                break
+            try:
+                scored = await self._score(request, *sampled)
+            except PayloadLostError as error:
+                logger.warning("%d trajectories are sampled again: %s", len(request.slots), error)
+                first = None
+                continue
+            if scored is None:
+                break
+            payload, receipt = scored
+            await self._store.append(receipt, payload)
             return
-        scored, receipt = sampled
-        await self._store.append(receipt, scored)
+        logger.warning("%d slots failed: each of their workers died", len(request.slots))
+        await self._store.fail(request.slots, WORKER_DIED)
+
+    async def _score(
+        self, request: RolloutRequest, payload: Any, receipt: BatchReceipt
+    ) -> tuple[Any, BatchReceipt] | None:
+        """Hops 4 and 5."""
+        return await self._attempt(
+            self._teachers,
+            self._teacher_load,
+            lambda worker: worker.score.options(num_returns=2).remote(payload, receipt, request.prompts),
+            cost=receipt.num_response_tokens,
+        )
 
     async def _attempt(
         self,
@@ -179,4 +195,4 @@ class RolloutLoop:
             await group.revive(worker, dead, error)
             load.resume(worker)
 
-        self.tasks.add(asyncio.create_task(revive()))
+        self.replacements.add(asyncio.create_task(revive()))

@@ -81,7 +81,7 @@ class SampleInfo:
     """Hop 7: facts that the store hands out with each sampled trajectory.
 
     `staleness` is in optimizer steps (`replay.staleness`), `visits` counts this use (1 = first), `age_s` is the time
-    since it was appended.
+    since it was appended. By `prompt_id` a learner puts the trajectories of a prompt together; empty, it is not known.
     """
 
     slot: int
@@ -90,6 +90,7 @@ class SampleInfo:
     age_s: float
     num_prompt_tokens: int
     num_response_tokens: int
+    prompt_id: str = ""
 
     @property
     def is_fresh(self) -> bool:

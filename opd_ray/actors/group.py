@@ -1,4 +1,4 @@
-"""Groups of Ray actors: creation, names, thread pools, deadlines, and what becomes of their errors."""
+"""Groups of Ray actors: creation, names, room on nodes, thread pools, and new actors for those that died."""
 
 from __future__ import annotations
 
@@ -6,31 +6,19 @@ import asyncio
 import logging
 import os
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    ActorAlreadyExistsError,
-    ActorUnavailableError,
-    GetTimeoutError,
-    ObjectLostError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-)
 
 from opd_ray.actors.placement_groups import LOOK_S, Placement, place
+from opd_ray.actors.remote_calls import death_is_known, remote_result, start_named
 from opd_ray.choices import PlacementStrategy
-from opd_ray.errors import ActorDiedError, ActorError, DeadlineError, LearnerLostError, OpdError, PayloadLostError
+from opd_ray.errors import ActorDiedError, LearnerLostError
 from opd_ray.placement import Share
 
 logger = logging.getLogger(__name__)
-
-# How long an actor whose connection broke is waited for before Ray is asked again.
-_VERDICT_S = 2.0
 
 # Handed on to workers where the driver has them set.
 _INHERITED = ("HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT", "VLLM_LOGGING_LEVEL")
@@ -154,19 +142,25 @@ class WorkerGroup:
         """Workers that died and are not replaced yet; the group goes on with the others."""
         return {index for index, task in self._replacements.items() if not task.done()}
 
-    def replace(self, index: int, dead: Any, error: ActorDiedError) -> asyncio.Task[None]:
-        """Begin to put a new actor in the place of `dead`, whose death is `error`; the task ends when it serves.
+    def replace(self, index: int, dead: Any, error: ActorDiedError) -> asyncio.Future[None]:
+        """Begin to put a new actor in the place of `dead`, whose death is `error`; done when it serves.
 
-        Where that was begun already it is the same task. Raises `error` when the group's restarts are used up.
+        Where that was begun already it is the same. Raises `error` when the group's restarts are used up, and what
+        ended an earlier attempt.
         """
         task = self._replacements.get(index)
-        if task is not None and (self.workers[index] is dead or not task.done()):
+        if task is not None and not task.done():
             return task
-        if self.workers[index] is dead:
-            self._count_restart(error)
+        if task is not None and not task.cancelled():
+            task.result()
+        if self.workers[index] is not dead:
+            done = asyncio.get_running_loop().create_future()
+            done.set_result(None)
+            return done
+        self._count_restart(error)
         task = asyncio.create_task(self._replaced(index, dead))
         # Nobody may be waiting for it when it fails; whoever comes next is told.
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         self._replacements[index] = task
         return task
 
@@ -183,40 +177,26 @@ class WorkerGroup:
 
     async def _replaced(self, index: int, dead: Any) -> None:
         while self.workers[index] is dead:
-            await self._verdict(dead)
+            await death_is_known(dead, self.deadline_s)
             self._kill(dead)
             worker = self._spawn(index)
             try:
                 await self._find_room(index)
                 await self.result(worker.ping.remote(), index)
                 await self.prepare(worker, index)
+            except LearnerLostError:
+                # There are no weights to give it; with those that come it is tried anew.
+                self._kill(worker)
+                del self._replacements[index]
+                raise
             except ActorDiedError as again:
                 dead = self.workers[index] = worker
-                if isinstance(again, LearnerLostError):
-                    raise
                 self._count_restart(again)
             except BaseException:
                 self._kill(worker)
                 raise
             else:
                 self.workers[index] = worker
-
-    async def _verdict(self, dead: Any) -> None:
-        """Wait until Ray knows what became of an actor whose connection broke: of a lost node it learns late.
-
-        Before, it would place the new actor on the same node.
-        """
-        begun = time.monotonic()
-        while time.monotonic() - begun < self.deadline_s:
-            try:
-                async with asyncio.timeout(_VERDICT_S):
-                    await dead.ping.remote()
-            except ActorUnavailableError:
-                await asyncio.sleep(_VERDICT_S / 2)
-            except (TimeoutError, RayError, OpdError):
-                return
-            else:
-                return
 
     async def _find_room(self, index: int) -> None:
         """Wait until a new actor has a node: without end while others serve, else for `deadline_s`."""
@@ -254,7 +234,7 @@ class WorkerGroup:
     async def restart(self, error: ActorDiedError) -> None:
         """Put new actors in the place of all, because `error` made the group useless; await `ready` afterwards."""
         self._count_restart(error)
-        await asyncio.gather(*(self._verdict(worker) for worker in self.workers))
+        await asyncio.gather(*(death_is_known(worker, self.deadline_s) for worker in self.workers))
         for worker in self.workers:
             self._kill(worker)
         self._spawn_all(len(self.workers))
@@ -276,53 +256,3 @@ class WorkerGroup:
 
     def _kill(self, worker: Any) -> None:
         ray.kill(worker, no_restart=True)
-
-
-def start_named(actor_class: Any, name: str, options: dict[str, Any], args: Sequence[Any], **kwargs: Any) -> Any:
-    """Start an actor under `name`, with something added while an actor that died still has it; returns its handle."""
-    try:
-        return actor_class.options(name=name, **options).remote(*args, **kwargs)
-    except ActorAlreadyExistsError:
-        return actor_class.options(name=f"{name}-{uuid.uuid4().hex[:4]}", **options).remote(*args, **kwargs)
-
-
-async def remote_result(ref: Any, actor: str, deadline_s: float | None) -> Any:
-    """Await an object reference; `deadline_s` None: as long as it takes.
-
-    Raises the actor's own `OpdError`, `PayloadLostError` when what it was handed is gone with a node, `ActorDiedError`
-    when its process ended or its answer is gone with its node, `DeadlineError` when it gave no answer, and `ActorError`
-    when it failed in any other way.
-    """
-    try:
-        # Not wait_for: before Python 3.12 it can swallow a cancellation that meets the result.
-        async with asyncio.timeout(deadline_s):
-            return await ref
-    except (TimeoutError, GetTimeoutError) as error:
-        raise DeadlineError(
-            f"actor {actor} gave no answer in {deadline_s:g} s: look at its log in the Ray "
-            "dashboard, or raise deadline_s"
-        ) from error
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, OpdError):
-            raise cause from None
-        if isinstance(cause, ObjectLostError):
-            raise PayloadLostError(f"what actor {actor} was handed is gone with a node: have it made again") from error
-        logger.error("actor %s failed:\n%s", actor, error)
-        last = str(cause if cause is not None else error).strip().splitlines()
-        raise ActorError(
-            f"actor {actor} failed with {type(cause).__name__}: {last[-1] if last else ''} "
-            "(the traceback is in run.log of the run folder): mend the cause and start again"
-        ) from error
-    except ObjectLostError as error:
-        raise ActorDiedError(f"actor {actor} died, and its answer with its node: start again") from error
-    except RayActorError as error:
-        raise ActorDiedError(
-            f"actor {actor} died ({_death_cause(error)}): look for lack of memory or a crash in the Ray dashboard's "
-            "log, and start again"
-        ) from error
-
-
-def _death_cause(error: RayActorError) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "no reason given"

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import ObjectLostError
 
-from opd_ray.actors.group import remote_result, start_named
+from opd_ray.actors.placement_groups import near_driver
+from opd_ray.actors.remote_calls import remote_result, start_named
 from opd_ray.config import RunConfig
-from opd_ray.errors import ActorDiedError
+from opd_ray.errors import ActorDiedError, PayloadLostError
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.replay.journal import SlotJournal
-from opd_ray.replay.spill import SpillSpace, as_is
+from opd_ray.replay.spill import SpillSpace, settled
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
 from opd_ray.types import BatchReceipt, Histogram
@@ -45,10 +47,18 @@ def store_config(cfg: RunConfig) -> StoreConfig:
 def start_store(cfg: RunConfig) -> Any:
     """Start the store of a run; returns its handle."""
     # References can be awaited; what comes back from a file is the store's own, so it outlives whoever made it.
-    spill = SpillSpace(cfg.replay.spill_bytes, put=ray.put) if cfg.replay.spill_bytes else None
+    spill = SpillSpace(cfg.replay.spill_bytes, payload_bytes, ray.put) if cfg.replay.spill_bytes else None
     store_class: Any = ray.remote(ReplayStore)
-    options = {"num_cpus": 0, "max_concurrency": 1000}
+    options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": near_driver()}
     return start_named(store_class, NAME, options, (store_config(cfg),), spill=spill)
+
+
+async def payload_bytes(ref: Any) -> Any:
+    """The payload of a reference, in the store's process; raises `PayloadLostError` when it is gone with a node."""
+    try:
+        return await settled(ref)
+    except ObjectLostError as error:
+        raise PayloadLostError(f"a payload is gone with a node ({type(error).__name__}): have it made again") from error
 
 
 class StoreClient:
@@ -116,7 +126,7 @@ class StoreClient:
         return batch
 
     def stepped(self, batch: SampledBatch) -> None:
-        """The learner has made its optimizer step on `batch`, whatever becomes of the store."""
+        """The learner has made its optimizer step on `batch`, or what was left of it, whatever becomes of the store."""
         visits = max(info.visits for info in batch.infos)
         self._journal.stepped(batch.slots, visits >= self._cfg.replay.reuse)
         self._learner_version += 1
@@ -133,7 +143,7 @@ class StoreClient:
             # A store that died over it comes back with other slots, from the mark before.
             mark = self._journal.mark()
             num_slots = await self._call(
-                "release_and_snapshot", slots, policy_version, folder, as_is, again=lambda: False
+                "release_and_snapshot", slots, policy_version, folder, payload_bytes, again=lambda: False
             )
         self._journal.released(slots)
         self._uncommitted = (mark, num_slots)
@@ -143,6 +153,16 @@ class StoreClient:
         if self._uncommitted is not None:
             self._journal.snapshot_taken(*self._uncommitted)
             self._snapshot, self._uncommitted = folder, None
+
+    async def lose(self, slots: Sequence[int]) -> None:
+        """The payloads of `slots` are gone with a node: these, and what else lies in them, are trained on no more."""
+        # A store that takes over meanwhile has none of the learner's batch.
+        await self._call("lose", slots, again=lambda: False)
+
+    async def give_up(self, batch: SampledBatch, policy_version: int) -> None:
+        """Give back a batch of which nothing is left; the learner stays at `policy_version`, which the engines have."""
+        self._journal.stepped((), is_last_visit=False)
+        await self.release(batch.slots, policy_version)
 
     async def state(self) -> dict[str, int]:
         """See `ReplayStore.state`."""

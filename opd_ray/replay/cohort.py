@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,17 @@ class SampledBatch:
     def slots(self) -> tuple[int, ...]:
         """Slot numbers, as `release` takes them."""
         return tuple(info.slot for info in self.infos)
+
+    def without(self, slots: Collection[int]) -> SampledBatch:
+        """The same without `slots`, and without whatever lies in the same payloads."""
+        lost = {ref for info, (ref, _) in zip(self.infos, self.rows, strict=True) if info.slot in slots}
+        number = {ref: count for count, ref in enumerate(ref for ref in range(len(self.refs)) if ref not in lost)}
+        kept = [place for place, (ref, _) in enumerate(self.rows) if ref not in lost]
+        return SampledBatch(
+            tuple(self.refs[ref] for ref in number),
+            tuple((number[self.rows[place][0]], self.rows[place][1]) for place in kept),
+            tuple(self.infos[place] for place in kept),
+        )
 
 
 @dataclass(slots=True)
@@ -57,6 +68,7 @@ class StoredTrajectory:
             age_s=now_s - self.appended_s,
             num_prompt_tokens=self.receipt.num_prompt_tokens,
             num_response_tokens=self.receipt.num_response_tokens,
+            prompt_id=self.receipt.prompt_id,
         )
 
 

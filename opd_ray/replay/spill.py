@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from opd_ray.errors import StoreError
+from opd_ray.errors import PayloadLostError, StoreError
 from opd_ray.replay.parts import StoreParts
 
 
@@ -57,7 +57,11 @@ class SpillSpace:
                     return
                 if parts.is_drafted(payload_id) or not parts.shelf.holds(payload_id):
                     continue
-                data = memoryview(await settled(self.fetch(parts.shelf.ref(payload_id))))
+                try:
+                    data = memoryview(await settled(self.fetch(parts.shelf.ref(payload_id))))
+                except PayloadLostError:
+                    # Its rows are evicted by whoever needs them next.
+                    continue
                 spilled = await asyncio.to_thread(self._write, data)
                 # It may have been drafted or dropped meanwhile.
                 if parts.shelf.holds(payload_id) and not parts.is_drafted(payload_id):

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_ray.errors import StoreClosedError, StoreError
+from opd_ray.errors import PayloadLostError, StoreClosedError, StoreError
 from opd_ray.replay.admission import num_in_budget
 from opd_ray.replay.cohort import SampledBatch, StoredTrajectory, collect
+from opd_ray.replay.lost import PAYLOAD_LOST, in_same_payloads, unavailable
 from opd_ray.replay.parts import StoreParts
 from opd_ray.replay.recovery import SinceSnapshot, needed_payloads, reconcile
 from opd_ray.replay.requests import refuse_older, refuse_repeated, refuse_used, require
@@ -184,6 +185,10 @@ class ReplayStore:
             self._parts.schedule.give_up_visits()
         self._changed()
 
+    def lose(self, slots: Sequence[int]) -> None:
+        """Evict what lies in the payloads of `slots`, which are gone with a node; what is not here is passed over."""
+        self.evict(in_same_payloads(self._parts, slots), PAYLOAD_LOST)
+
     def end_of_data(self) -> None:
         """No slot will be acquired any more: `sample` drains what is left and then returns None."""
         self._parts.data_ended = True
@@ -192,12 +197,18 @@ class ReplayStore:
     async def snapshot(self, folder: Path, fetch: Callable[[Any], Any]) -> int:
         """Write the store of this instant as `folder`; returns how many slots it knows (`SlotJournal.snapshot_taken`).
 
-        `fetch` makes bytes, or an awaitable of them, of a payload reference. The store goes on meanwhile. Raises
-        `SnapshotError` if it cannot be written; an older one is then left as it was.
+        `fetch` makes bytes, or an awaitable of them, of a payload reference, or raises `PayloadLostError`: then the
+        payload's trajectories are evicted, and the snapshot is one of the store without them. The store goes on
+        meanwhile. Raises `SnapshotError` if it cannot be written; an older one is then left as it was.
         """
-        image = capture(self._parts, self._config, self._clock())
-        await write_image(image, folder, fetch)
-        return image.num_given
+        while True:
+            image = capture(self._parts, self._config, self._clock())
+            try:
+                await write_image(image, folder, fetch)
+            except PayloadLostError:
+                self.evict(await unavailable(self._parts, fetch), PAYLOAD_LOST)
+            else:
+                return image.num_given
 
     async def release_and_snapshot(
         self, slots: Sequence[int], policy_version: int, folder: Path, fetch: Callable[[Any], Any]
@@ -247,8 +258,9 @@ class ReplayStore:
         return self._parts.ledger.as_dict()
 
     def state(self) -> dict[str, int]:
-        """Fill counts, flat and JSON-able: trajectories, payloads, bytes, versions, slots acquirable now."""
-        return self._parts.counts() | {"acquirable": self._num_acquirable(1)}
+        """Fill counts, flat and JSON-able: trajectories, payloads, bytes, versions, slots acquirable now, ledger/*."""
+        books = {f"ledger/{name}": count for name, count in self._parts.ledger.as_dict().items()}
+        return self._parts.counts() | {"acquirable": self._num_acquirable(1)} | books
 
     def lengths(self) -> dict[str, float | Histogram]:
         """What training kept against what was dropped, since the start (`LengthReport.as_metrics`)."""

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from opd_ray.evaluation.samples import read_samples
 from opd_ray.tiny.paths import student_path
 
 pytestmark = pytest.mark.integration
@@ -32,7 +33,7 @@ def start(*args: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "opd_ray.main", "+experiment=lsm_block64", *args]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     # Ray of the other tests must not be found and joined.
-    env.pop("RAY_ADDRESS", None)
+    env["RAY_ADDRESS"] = "local"
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -89,6 +90,10 @@ def test_what_a_run_leaves(short_run: tuple[Path, str]) -> None:
     for key in ("min", "p05", "mean", "max", "share_under_half"):
         assert all(f"gate/value/{key}" in row for row in steps)
     assert (folder / "wandb").is_dir()
+    for moment in ("before", "after", "teacher"):
+        samples = read_samples(folder / "evaluation" / f"{moment}.parquet").to_pydict()
+        assert set(samples["benchmark"]) == {"tiny"} and len(samples["verdict"]) == 4 * 8
+        assert samples["verdict"].count("correct") == round(32 * summary["eval"][moment]["avg_at_8"])
     assert "student before" in out and str(folder) in out
     assert f"{sys.executable} -m opd_ray.main +experiment=lsm" in out.replace(" .venv", f" {ROOT}/.venv")
 

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import json
 import random
-from collections.abc import Awaitable, Callable, Mapping
+import weakref
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from opd_ray.actors.group import WorkerGroup
+from opd_ray.actors.learner.spec import LostTrajectories
 from opd_ray.actors.learner.step_report import RankReport
 from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import StoreClient, store_config
@@ -22,10 +25,30 @@ from opd_ray.checkpoint import Checkpoint, Checkpoints
 from opd_ray.config import RunConfig
 from opd_ray.controller import Controller, Groups, Outputs
 from opd_ray.data.source import PromptSource
-from opd_ray.errors import ActorDiedError, ActorError
+from opd_ray.errors import ActorDiedError, ActorError, PayloadLostError
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.replay.store import ReplayStore
 from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
+
+_NUMBERS = itertools.count()
+
+
+class FakePayload:
+    """A reference to a payload that comes to something unless it `is_lost`."""
+
+    def __init__(self, value: asyncio.Future[Any]) -> None:
+        self.value = value
+        self.is_lost = False
+        self.number = next(_NUMBERS)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        if self.is_lost:
+            raise PayloadLostError("a payload is gone with a node: have it made again")
+        return self.value.__await__()
+
+
+# Those of the last run that are referred to somewhere.
+PAYLOADS: weakref.WeakSet[FakePayload] = weakref.WeakSet()
 
 
 class Method:
@@ -42,11 +65,13 @@ class Method:
         task = asyncio.ensure_future(self._run(*args))
         if self._num_returns == 1:
             return task
-        items = tuple(asyncio.ensure_future(self._item(task, index)) for index in range(self._num_returns))
+        items = [asyncio.ensure_future(self._item(task, index)) for index in range(self._num_returns)]
         for item in items:
             # Nobody looks at the payload of a call that died.
             item.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return items
+        payload = FakePayload(items[0])
+        PAYLOADS.add(payload)
+        return payload, *items[1:]
 
     async def _run(self, *args: Any) -> Any:
         result = self._call(*args)
@@ -81,6 +106,10 @@ class Handle:
                     await asyncio.wait({work, death}, return_when=asyncio.FIRST_COMPLETED)
                     if work.done():
                         return work.result()
+                    # A process that is killed does not write on, not even in its threads.
+                    work.cancel()
+                    await asyncio.wait({work})
+                    await asyncio.to_thread(int)
                 finally:
                     work.cancel()
                     death.cancel()
@@ -201,17 +230,22 @@ class FakeLearner:
         self.num_restarts = 0
         self.version = 0
         self.is_dead = False
+        self.absent: set[int] = set()
         self._max_restarts = max_restarts
         self._death = asyncio.Event()
 
     def kill(self) -> None:
         self.is_dead = True
 
-    async def train_step(self, batch: SampledBatch, policy_version: int) -> list[RankReport]:
+    async def train_step(self, batch: SampledBatch, policy_version: int) -> list[RankReport] | LostTrajectories:
         assert policy_version == self.version
         await self.world.work("learner")
         if self.is_dead:
             raise ActorDiedError("actor learner-0 died (killed): start again")
+        refs = [batch.refs[ref] for ref, _ in batch.rows]
+        lost = [info.slot for info, ref in zip(batch.infos, refs, strict=True) if getattr(ref, "is_lost", False)]
+        if lost:
+            return LostTrajectories(tuple(lost))
         self.version += 1
         self.world.batches.append((policy_version, batch))
         return [RankReport(loss_sum=1.0, weight_sum=1.0, divisor=1.0, num_tokens=5, grad_norm=1.0)]
@@ -253,6 +287,7 @@ class Run:
 
     def __post_init__(self) -> None:
         cfg, limit = self.cfg, self.cfg.faults.max_restarts
+        PAYLOADS.clear()
         self.stores: list[ReplayStore] = []
         self.handles: list[Handle] = []
         self.engines = FakeEngines("rollout", cfg.deadline_s, limit)

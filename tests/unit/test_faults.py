@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opd_ray.actors import group
 from opd_ray.config import RunConfig
-from opd_ray.errors import ActorDiedError, DeadlineError
-from tests.unit.fake_actors import Run, World, config
+from opd_ray.errors import ActorDiedError, DeadlineError, ResourceError
+from tests.unit.fake_actors import PAYLOADS, FakeLearner, Run, World, config
 
 
 def small(max_staleness: int, reuse: int, num_steps: int = 8) -> RunConfig:
@@ -28,23 +30,38 @@ def small(max_staleness: int, reuse: int, num_steps: int = 8) -> RunConfig:
 
 async def train_with_deaths(run: Run, deaths: list[tuple[int, str]]) -> Run:
     """Kill one actor of the named kind after so many turns of the event loop, one after the other."""
+    # One thread: what is waited for comes after all that a killed actor had left to its threads.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
     task = asyncio.create_task(run.train())
     for turns, kind in deaths:
         for _ in range(turns):
             await asyncio.sleep(0)
         if task.done():
             break
-        victims = {
-            "rollout": run.engines.workers[-1:],
+        engine, teacher, store = run.engines.workers[-1:], run.teachers.workers[:1], run.handles[-1:]
+        victims: list[Any] = {
+            "rollout": engine,
             "rollouts": run.engines.workers,
-            "teacher": run.teachers.workers[:1],
-            "store": run.handles[-1:],
+            "teacher": teacher,
+            "teachers": run.teachers.workers,
+            "store": store,
             "learner": [run.learner],
+            "payloads": [],
+            "node": [*engine, *teacher],
+            "node with the store": [*engine, *teacher, *store],
         }[kind]
         for victim in victims:
             victim.kill()
+        if kind == "payloads" or kind.startswith("node"):
+            lose_payloads(run.world, share=1.0 if kind == "payloads" else 0.5)
     async with asyncio.timeout(20):
         return await task
+
+
+def lose_payloads(world: World, share: float = 1.0) -> None:
+    """What was on a node is gone: each payload that somebody refers to, with probability `share`."""
+    for payload in sorted(PAYLOADS, key=lambda payload: payload.number):
+        payload.is_lost = payload.is_lost or world.random.random() < share
 
 
 def assert_sound(run: Run, max_staleness: int, reuse: int) -> None:
@@ -102,6 +119,162 @@ def test_a_lost_learner_takes_the_run_back_to_its_checkpoint(
     assert_sound(run, max_staleness, reuse)
     assert len(run.rolled_back) == run.learner.num_restarts
     assert all(version % 2 == 0 for version in run.rolled_back)
+
+
+LOSSES = st.sampled_from(["payloads", "node", "node with the store", "rollout"])
+
+
+@given(
+    st.integers(0, 3),
+    st.integers(1, 2),
+    st.lists(st.tuples(st.integers(0, 60), LOSSES), min_size=1, max_size=6),
+    st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_lost_payloads_cost_their_trajectories_and_no_step(
+    max_staleness: int, reuse: int, losses: list[tuple[int, str]], seed: int
+) -> None:
+    async def scenario(folder: Path) -> Run:
+        return await train_with_deaths(Run(small(max_staleness, reuse), World(seed, 6), folder), losses)
+
+    with TemporaryDirectory() as folder:
+        run = asyncio.run(scenario(Path(folder)))
+    assert_sound(run, max_staleness, reuse)
+    assert [step for step, _ in run.world.batches] == list(range(8))
+    lost = run.books.get("evicted/payload_lost", 0)
+    if len(run.stores) == 1:
+        assert run.books["evicted"] == lost
+        # Trajectories that were found in no batch are lost when a checkpoint finds them.
+        assert run.controller.totals.lost_trajectories <= lost
+
+
+@given(
+    st.integers(0, 2),
+    st.integers(1, 2),
+    st.lists(st.tuples(st.integers(0, 60), LOSSES | st.just("learner")), min_size=1, max_size=4),
+    st.integers(0, 99),
+)
+@settings(max_examples=30, deadline=None)
+def test_a_node_with_a_learner_rank_takes_the_run_back_without_what_it_held(
+    max_staleness: int, reuse: int, losses: list[tuple[int, str]], seed: int
+) -> None:
+    async def scenario(folder: Path) -> Run:
+        return await train_with_deaths(Run(small(max_staleness, reuse), World(seed, 6), folder), losses)
+
+    with TemporaryDirectory() as folder:
+        run = asyncio.run(scenario(Path(folder)))
+    assert_sound(run, max_staleness, reuse)
+    assert len(run.rolled_back) == run.learner.num_restarts
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_lock_step_cohort_that_is_lost_between_its_visits_is_no_dead_end(is_whole: bool) -> None:
+    """The engines are one version behind then: with these weights the next cohort would be too old for ever."""
+    cfg = small(0, 2)
+    cfg.checkpoint.every = 0
+
+    async def scenario() -> Run:
+        run = Run(cfg, World(3, 4))
+        task = asyncio.create_task(run.train())
+        while len(run.trained) < 3:
+            await asyncio.sleep(0)
+        first, second = run.world.batches[-1][1].refs  # of four and of two trajectories
+        first.is_lost, second.is_lost = is_whole, True
+        async with asyncio.timeout(20):
+            return await task
+
+    run = asyncio.run(scenario())
+    assert_sound(run, 0, 2)
+    num_lost = 6 if is_whole else 2
+    assert run.books["evicted/payload_lost"] == run.controller.totals.lost_trajectories == num_lost
+    assert [len(slots) for _, slots in run.trained[:5]] == [6, 6, 6, 6 if is_whole else 4, 6]
+    assert [batch.infos[0].visits for _, batch in run.world.batches[:4]] == [1, 2, 1, 1 if is_whole else 2]
+
+
+def test_a_checkpoint_that_finds_a_cohort_lost_is_no_dead_end(tmp_path: Path) -> None:
+    cfg = small(0, 2)
+    cfg.checkpoint.every = 1
+    saved = 0
+
+    async def scenario() -> Run:
+        run = Run(cfg, World(4, 4), tmp_path)
+
+        async def save_and_lose(folder: Path) -> None:
+            nonlocal saved
+            saved += 1
+            if saved == 3:
+                lose_payloads(run.world)
+            await FakeLearner.save_state(run.learner, folder)
+
+        run.learner.save_state = save_and_lose  # type: ignore[method-assign]
+        async with asyncio.timeout(20):
+            return await run.train()
+
+    run = asyncio.run(scenario())
+    assert_sound(run, 0, 2)
+    assert run.books["evicted/payload_lost"] == 6
+    assert run.controller.totals.lost_trajectories == 0
+
+
+class Nodes:
+    """A group's room: what has no node waits until there `is_room`."""
+
+    def __init__(self) -> None:
+        self.is_room = False
+
+    async def is_placed(self, index: int) -> bool:
+        await asyncio.sleep(0)
+        return self.is_room
+
+    def no_room(self, waited_s: float) -> ResourceError:
+        return ResourceError(f"no room in {waited_s:g} s: add a node")
+
+
+@pytest.mark.parametrize(("max_staleness", "room_comes"), [(0, True), (2, True), (0, False), (2, False)])
+def test_a_group_goes_on_with_the_workers_that_are_left_until_there_is_room(
+    max_staleness: int, room_comes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "LOOK_S", 0.001)
+    cfg = small(max_staleness, 1, 30)
+
+    async def scenario() -> Run:
+        run = Run(cfg, World(5, 4))
+        nodes: Any = Nodes()
+        run.engines._placement = run.teachers._placement = nodes
+        task = asyncio.create_task(run.train())
+        while len(run.trained) < 3:
+            await asyncio.sleep(0)
+        run.engines.workers[1].kill()
+        run.teachers.workers[0].kill()
+        while len(run.trained) < 15:
+            await asyncio.sleep(0)
+        assert (run.engines.absent, run.teachers.absent) == ({1}, {0})
+        nodes.is_room = room_comes
+        async with asyncio.timeout(20):
+            return await task
+
+    run = asyncio.run(scenario())
+    assert_sound(run, max_staleness, 1)
+    assert run.books["failed"] == run.books["evicted"] == 0
+    absent = [metrics["faults/absent/rollout"] for _, metrics in run.steps]
+    assert absent[0] == 0 and 1.0 in absent and absent[-1] == (0 if room_comes else 1)
+    assert run.engines.workers[0]._target.version == 30
+    assert not room_comes or run.engines.workers[1]._target.version == 30
+
+
+def test_a_group_of_which_nobody_is_left_and_no_room_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "LOOK_S", 0.001)
+    cfg = small(1, 1, 1000)
+    cfg.deadline_s = 0.2
+
+    async def scenario() -> None:
+        run = Run(cfg, World(5, 4))
+        nodes: Any = Nodes()
+        run.teachers._placement = nodes
+        await train_with_deaths(run, [(30, "teacher"), (0, "teachers")])
+
+    with pytest.raises(ResourceError, match=r"no room in 0\.\d+ s: add a node"):
+        asyncio.run(scenario())
 
 
 def test_without_checkpoints_a_lost_learner_ends_the_run() -> None:

@@ -189,7 +189,19 @@ class StoreMachine(RuleBasedStateMachine):
     def evict(self, data: st.DataObject) -> None:
         slots = self.pick(data, sorted(self.stored))
         self.store.evict(slots, "test")
-        self.fate |= dict.fromkeys(slots, "evicted/test")
+        self.drop(slots, "evicted/test")
+
+    @precondition(lambda self: self.stored)
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        """The payloads of some slots are gone with a node; whoever says so may name slots that are not here."""
+        slots = self.pick(data, sorted(self.stored))
+        lost = {self.data_of[slot] for slot in slots}
+        self.store.lose([*slots, *self.fate, 10**6])
+        self.drop([slot for slot in self.stored if self.data_of[slot] in lost], "evicted/payload_lost")
+
+    def drop(self, slots: list[int], fate: str) -> None:
+        self.fate |= dict.fromkeys(slots, fate)
         self.stored.difference_update(slots)
         self.running = tuple(slot for slot in self.running if slot in self.stored)
         if not self.running:
