@@ -6,6 +6,7 @@ set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 bash launch/environment.sh
+bash launch/system_packages.sh
 # DeepSpeed and Ray look for helper programs (ninja, ray) on the PATH.
 export PATH=$PWD/.venv/bin:$PATH
 # Tests reach for no network and report to nobody.
@@ -39,5 +40,5 @@ check "ruff format --check" python -m ruff format --check --quiet .
 check "mypy" python -m mypy --no-error-summary "${typed[@]}"
 
 # One session, unit tests first: a mistake shows before the engines start.
-mapfile -t tests < <(present tests/unit tests/integration)
+mapfile -t tests < <(present tests/unit tests/browser tests/integration)
 exec python -m pytest "${tests[@]}"

@@ -88,7 +88,7 @@ def _draw_loss(axes: Any, series: Series) -> None:
         steps = sorted(values)
         raw = [values[step] for step in steps]
         axes.plot(steps, raw, color=COLORS[0], linewidth=0.8, alpha=0.35)
-        axes.plot(steps, _smoothed(raw), color=COLORS[0], linewidth=1.8)
+        axes.plot(steps, smoothed(raw), color=COLORS[0], linewidth=1.8)
     finish_axes(axes, "loss", "", bool(values))
 
 
@@ -128,7 +128,7 @@ def _draw_evaluation(axes: Any, series: Series, summary: Mapping[str, Any]) -> N
     finish_axes(axes, f"{label} on held-out problems", "", bool(keys))
 
 
-def _smoothed(values: Iterable[float]) -> list[float]:
+def smoothed(values: Iterable[float]) -> list[float]:
     """Exponential moving average without the pull of its start value."""
     smooth: list[float] = []
     total = weight = 0.0

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from opd_ray.errors import DataError
-from opd_ray.report.learning_curve import _drift_levels, _smoothed, main, read_series
+from opd_ray.report.learning_curve import _drift_levels, main, read_series, smoothed
 
 
 def write_run(folder: Path, records: Sequence[Mapping[str, Any]]) -> Path:
@@ -51,9 +51,9 @@ def test_without_matplotlib_it_says_what_to_install(
 
 
 def test_smoothing_starts_at_the_first_value_and_keeps_a_constant() -> None:
-    assert _smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
-    assert _smoothed([1.0, 2.0]) == pytest.approx([1.0, (0.8 * 1 + 2) / 1.8])
-    assert _smoothed([]) == []
+    assert smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert smoothed([1.0, 2.0]) == pytest.approx([1.0, (0.8 * 1 + 2) / 1.8])
+    assert smoothed([]) == []
 
 
 def test_drift_is_ordered_by_staleness_as_a_number() -> None:

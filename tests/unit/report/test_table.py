@@ -1,6 +1,6 @@
 import pytest
 
-from opd_ray.evaluation import EvaluationResult
+from opd_ray.evaluation import EvaluationResult, Verdict
 from opd_ray.report import gap_closed, results_table
 
 
@@ -9,7 +9,10 @@ def evaluation(avg: float, best: float, n: int = 8) -> dict[str, float]:
         num_problems=64,
         samples_per_problem=n,
         pass_at={1: avg, n: best},
+        pass_at_n_interval=(best, best),
         avg_at_n=avg,
+        avg_at_n_interval=(avg, avg),
+        shares=dict.fromkeys(Verdict, 0.0),
         truncated_share=0.0,
         mean_tokens=100.0,
         wall_s=1.0,
