@@ -209,6 +209,7 @@ class Template(Enum):
 
     completion = "completion"
     chat = "chat"
+    plain_chat = "plain_chat"
     boxed_chat = "boxed_chat"
     chat_with_solution = "chat_with_solution"
     completion_with_solution = "completion_with_solution"
@@ -224,8 +225,8 @@ class Overlong(Enum):
 class AnswerFormat(Enum):
     r"""Where the final answer stands in a response (`evaluation.answers`).
 
-    `tiny`: ``#n`` on the last line; `last_number`: the number after the last ``####``, else the last one; `hash_number`:
-    after the last ``####`` only; `boxed`: the last ``\boxed{}``.
+    `tiny`: ``#n`` on the last line; `last_number`: the number after the last ``####``, else the last number;
+    `hash_number`: after the last ``####`` only; `boxed`: the last ``\boxed{}``.
     """
 
     tiny = "tiny"

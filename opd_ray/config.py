@@ -219,6 +219,8 @@ class EvaluationConfig:
     max_response_tokens: int = ranged(256, "longest response, tokens", ge=1)
     answer_format: AnswerFormat = documented(AnswerFormat.tiny, "where the final answer stands")
     teacher: bool = documented(True, "evaluate the teacher too, on the student's prompts")
+    num_verifiers: int = ranged(2, "processes that verify answers at a time", ge=1)
+    verification_budget_s: float = ranged(5.0, "processor time to verify one answer, seconds", gt=0)
 
 
 @dataclass(kw_only=True, slots=True)

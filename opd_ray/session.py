@@ -5,35 +5,41 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
 
-from opd_ray.actors.group import WorkerGroup, remote_result, worker_env
+from opd_ray.actors.cluster_probe import ray_cluster
+from opd_ray.actors.group import WorkerGroup, worker_env
 from opd_ray.actors.learner.group import LearnerGroup
+from opd_ray.actors.placement_groups import cluster_nodes
 from opd_ray.actors.preflight import PreflightReport, PreflightSpec, preflight
+from opd_ray.actors.remote_calls import remote_result
 from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import StoreClient
 from opd_ray.actors.teacher import TeacherGroup
 from opd_ray.checkpoint import Checkpoint, Checkpoints, latest_checkpoint
 from opd_ray.config import RunConfig
 from opd_ray.config_checks import announcements
-from opd_ray.controller import Controller, Groups, Outputs, evaluate, evaluation_metrics
+from opd_ray.controller import Controller, Groups, Outputs
 from opd_ray.data.source import PromptSource
 from opd_ray.errors import ActorError, CheckpointError, OpdError
+from opd_ray.evaluator import FOLDER, SamplesFile, evaluate, evaluation_metrics
+from opd_ray.interrupts import end_on_sigterm, run_interruptible
 from opd_ray.placement import ResourcePlan, Share, plan_resources
+from opd_ray.planning.cluster import Cluster
+from opd_ray.planning.whole_plan import make_plan
 from opd_ray.resume import checkpoint_to_resume
-from opd_ray.run_folder import RunFolder
+from opd_ray.run_folder import CONFIG_FILE, RunFolder
 from opd_ray.run_outputs import RunOutputs
 from opd_ray.run_summary import Evaluations, closing_words, shown, summary
 from opd_ray.sources import evaluation_problems, model_path, training_prompts
 from opd_ray.telemetry.progress import Progress
+from opd_ray.trajectory_dump import DUMP_FOLDER
 from opd_ray.types import Prompt
 
 TEACHER_ENGINE_ROLE = "teacher-engine"
@@ -66,8 +72,8 @@ def run_session(cfg: RunConfig, config_yaml: str, config_values: Mapping[str, An
     owns_ray = not ray.is_initialized()
     session = Session(cfg, folder, config_values, checkpoint)
     try:
-        folder.write_text("config.yaml", config_yaml)
-        return _run_interruptible(session.run(prompts, problems))
+        folder.write_text(CONFIG_FILE, config_yaml)
+        return run_interruptible(session.run(prompts, problems))
     except BaseException as error:
         session.note_failure(error)
         raise
@@ -77,21 +83,6 @@ def run_session(cfg: RunConfig, config_yaml: str, config_values: Mapping[str, An
         folder.close()
         if owns_ray and ray.is_initialized():
             ray.shutdown()
-
-
-def _run_interruptible(main: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
-    """Run a coroutine to its end; cancelled (`_end_on_sigterm`) it counts as interrupted."""
-    try:
-        return asyncio.run(main)
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
-
-
-def _end_on_sigterm() -> None:
-    """Let SIGTERM (a scheduler's kind word) end the running task like Ctrl-C, so that its clean-up runs."""
-    task = asyncio.current_task()
-    if task is not None and threading.current_thread() is threading.main_thread():
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
 @dataclass(slots=True)
@@ -121,7 +112,8 @@ class Session:
                 self._progress.phase("starting Ray")
                 plan = self._start_ray()
                 self._progress.phase("checking models and prompts")
-                report = await self._preflight(prompts, problems)
+                cluster, report = await asyncio.gather(ray_cluster(), self._preflight(prompts, problems))
+                self._check_memory(cluster, report)
                 source = PromptSource([prompts[i] for i in report.kept], self.cfg.seed, self.cfg.data.epochs or None)
                 controller = await self._start(plan, report, source, problems)
                 await self._train(controller, problems)
@@ -139,10 +131,20 @@ class Session:
         if not ray.is_initialized():
             context = ray.init(logging_level=logging.ERROR, log_to_driver=False)
             self._dashboard = f" (Ray dashboard: http://{context.dashboard_url})" if context.dashboard_url else ""
-        # After ray.init, which puts a handler of its own in place.
-        _end_on_sigterm()
-        have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        return plan_resources(self.cfg, have.get("CPU", 0.0), have.get("GPU", 0.0))
+        end_on_sigterm()
+        nodes = cluster_nodes()
+        return plan_resources(self.cfg, sum(node.cpus for node in nodes), sum(node.gpus for node in nodes), nodes)
+
+    def _check_memory(self, cluster: Cluster, report: PreflightReport) -> None:
+        """Raise `ResourceError` where a run takes more memory than there is in any case; note what may not fit."""
+        student, teacher = report.shapes
+        if student is None or teacher is None:
+            logger.info("memory is not checked: the number of parameters is unknown")
+            return
+        found = make_plan(self.cfg, student, teacher, cluster)
+        for warning in found.warnings:
+            logger.warning(warning)
+        found.require_fit()
 
     async def _preflight(self, prompts: list[Prompt], problems: list[Prompt]) -> PreflightReport:
         spec = PreflightSpec.of(self.cfg, model_path(self.cfg.student.path), model_path(self.cfg.teacher.path))
@@ -170,14 +172,19 @@ class Session:
         outputs = self._open_outputs()
         if problems and self.evaluations.before is None:
             self._phase("evaluating the student before training")
-            before = await evaluate(cfg, groups.rollout, problems)
+            before = await evaluate(cfg, groups.rollout, problems, self._samples_file("before", 0))
             self.evaluations.before = before.as_dict()
             outputs.log(0, evaluation_metrics(before))
         self._start_notes = outputs.notes()
         checkpoints = Checkpoints(
             self.folder.path, cfg.checkpoint.every, cfg.checkpoint.keep, self.config_values, self._notes
         )
-        return Controller(cfg, groups, source, problems, Outputs(outputs.step_done, self._go_back_to, checkpoints))
+        written = Outputs(outputs.step_done, self._go_back_to, checkpoints, self.folder.path / FOLDER)
+        return Controller(cfg, groups, source, problems, written)
+
+    def _samples_file(self, moment: str, policy_version: int | None) -> SamplesFile:
+        model = self.cfg.teacher if policy_version is None else self.cfg.student
+        return SamplesFile(self.folder.path / FOLDER / f"{moment}.parquet", model.path, policy_version)
 
     def _open_outputs(self) -> RunOutputs:
         if self._progress is None:
@@ -201,7 +208,8 @@ class Session:
     async def _evaluate_teacher(self, engine: RolloutGroup, problems: list[Prompt]) -> None:
         self._phase("evaluating the teacher")
         await engine.ready()
-        self.evaluations.teacher = (await evaluate(self.cfg, engine, problems)).as_dict()
+        result = await evaluate(self.cfg, engine, problems, self._samples_file("teacher", None))
+        self.evaluations.teacher = result.as_dict()
         engine.shutdown()
         self._groups.remove(engine)
 
@@ -209,7 +217,7 @@ class Session:
         cfg = self.cfg
         student, teacher = model_path(cfg.student.path), model_path(cfg.teacher.path)
         self._store = StoreClient(cfg)
-        learner = LearnerGroup.create(cfg, plan.learner, student)
+        learner = LearnerGroup.create(cfg, plan.learner, student, str(self.folder.path / DUMP_FOLDER))
         rollout = RolloutGroup.create(cfg, plan.rollout, [student] * cfg.rollout.num_engines)
         scoring = TeacherGroup.create(cfg, plan.teacher, report.vocab_size, report.tokenizer_fingerprint, teacher)
         self._groups += [learner, rollout, scoring]
@@ -231,7 +239,8 @@ class Session:
             await self._write_ledger(controller)
         if problems:
             self._phase("evaluating the student after training")
-            after = await evaluate(self.cfg, controller.rollout, problems)
+            file = self._samples_file("after", controller.totals.steps)
+            after = await evaluate(self.cfg, controller.rollout, problems, file)
             self.evaluations.after = after.as_dict()
             if self._outputs is not None:
                 self._outputs.log(controller.totals.steps, evaluation_metrics(after))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from opd_ray.choices import AnswerFormat
 from opd_ray.config import DataConfig, RunConfig
 from opd_ray.data.prompts import read_prompts
 from opd_ray.errors import DataError, ModelError
-from opd_ray.evaluation.scoring import check_problems
+from opd_ray.evaluation.grading import check_problems
 from opd_ray.tiny.paths import student_path, teacher_path
 from opd_ray.tiny.task import problems
 from opd_ray.types import Prompt
@@ -37,12 +40,22 @@ def evaluation_problems(cfg: RunConfig) -> list[Prompt]:
     part = cfg.evaluation
     if not part.path:
         return []
-    if part.path.startswith(TINY_PREFIX):
+    return answered_problems(part.path, part.fields, part.num_problems, part.answer_format, "evaluation")
+
+
+def answered_problems(
+    path: str, fields: Mapping[str, str], num_problems: int, answer_format: AnswerFormat, part: str
+) -> list[Prompt]:
+    """The first `num_problems` problems of `path` (0: all) with answers; `part` of the config is named in errors.
+
+    Raises `DataError`, also where an answer is missing or of another format.
+    """
+    if path.startswith(TINY_PREFIX):
         # Always the same problems, so that runs with different seeds are compared on the same ground.
-        found = _tiny_prompts(part.path, part.num_problems, 0)
+        found = _tiny_prompts(path, num_problems, 0)
     else:
-        found = read_prompts(part.path, part.num_problems or None, fields=part.fields)
-    check_problems(found, part.answer_format)
+        found = read_prompts(path, num_problems or None, fields=fields)
+    check_problems(found, answer_format, part)
     return found
 
 

@@ -94,7 +94,7 @@ class Engine:
     """A vLLM engine with weights of a known policy version.
 
     An error in decoding, or in the middle of loading weights, leaves it in a state that nobody knows: it goes to all
-    who wait, and to every later call.
+    who wait, and to every later call. `num_decoded` tokens and `num_finished` responses were made since it was built.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -130,6 +130,8 @@ class Engine:
         self._num_abandoned = 0
         self.on_new_weights = spec.on_new_weights
         self.policy_version = 0
+        self.num_decoded = 0
+        self.num_finished = 0
 
     async def generate(
         self, requests: dict[str, tuple[list[int], Sampling]], *, whole: bool = False
@@ -207,7 +209,9 @@ class Engine:
         spans = zip(flat.start_indices, flat.end_indices, strict=True)
         stream.topk_ids.extend(flat.token_ids[start + 1 : end] for start, end in spans if end - start > 1)
         stream.versions.extend([self.policy_version] * len(new_ids))
+        self.num_decoded += len(new_ids)
         if output.finished:
+            self.num_finished += 1
             stream.finish_reason = completion.finish_reason or "unknown"
             del self._streams[output.request_id]
             # A caller that was cancelled waits no more.

@@ -17,7 +17,7 @@ from opd_ray.actors.group import vllm_env
 from opd_ray.choices import LogprobDtype, OnNewWeights, Support, Template
 from opd_ray.config import RunConfig
 from opd_ray.errors import ModelError
-from opd_ray.evaluation.scoring import Completion
+from opd_ray.evaluation.grading import Completion
 from opd_ray.placement import Share
 from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
 
@@ -101,6 +101,7 @@ class RolloutWorker:
 
         self._spec = spec
         self._loading = asyncio.Lock()
+        self._finished_before = 0
         self._tokenizer: Any = load_tokenizer(spec.model_path)
         self._prompts = PromptTokenizer(self._tokenizer, spec.template, spec.model_path)
         fingerprint = tokenizer_fingerprint(self._tokenizer)
@@ -177,17 +178,23 @@ class RolloutWorker:
             student_topk_ids=np.asarray(stream.topk_ids, dtype=np.int32) if self._spec.student_top_k else None,
         )
 
-    async def complete(self, prompts: Sequence[Prompt], first: int, num_samples: int) -> list[list[Completion]]:
+    async def complete(
+        self, prompts: Sequence[Prompt], first: int, num_samples: int, template: Template | None = None
+    ) -> list[list[Completion]]:
         """Sample `num_samples` answers to each evaluation problem; `first` is the number of the first one.
 
-        All tokens of an answer come from the same weights: new ones wait for it to end.
+        All tokens of an answer come from the same weights: new ones wait for it to end. `template` None is the one that
+        training uses.
         """
         from opd_ray.actors.engine import Sampling
+        from opd_ray.actors.tokenization import PromptTokenizer
 
         spec = self._spec
+        self._finished_before = self._engine.num_finished
+        view = PromptTokenizer(self._tokenizer, template, spec.model_path) if template else self._prompts
         todo = {}
         for offset, prompt in enumerate(prompts):
-            ids = self._prompts.encode(prompt)
+            ids = view.encode(prompt)
             for sample in range(num_samples):
                 seed = sampling_seed(spec.seed, "evaluation", (first + offset) * num_samples + sample)
                 sampling = Sampling(spec.eval_temperature, spec.eval_top_p, spec.eval_max_response_tokens, seed)
@@ -201,6 +208,10 @@ class RolloutWorker:
             for text, stream in zip(texts, (streams[request_id] for request_id in todo), strict=True)
         ]
         return [flat[i : i + num_samples] for i in range(0, len(flat), num_samples)]
+
+    async def progress(self) -> tuple[int, int]:
+        """Responses that ended since the last `complete` began, and tokens decoded since the engine was built."""
+        return self._engine.num_finished - self._finished_before, self._engine.num_decoded
 
     async def load_weights(self, published: WeightsReceipt, *buckets: WeightBucket) -> LoadReceipt:
         """Hop 12: check and take over published weights, of whatever version, and confirm them.
@@ -259,5 +270,5 @@ class RolloutGroup(EngineGroup):
         dtype = (cfg.student if role == ROLE else cfg.teacher).dtype.name
         specs = [(RolloutSpec.of(cfg, f"{role}-{index}", path, dtype),) for index, path in enumerate(paths)]
         env = vllm_env(share, cfg.rollout.kv_cache_gib, cfg.rollout.tensor_parallel)
-        group.start(RolloutWorker, share, specs, env)
+        group.start(RolloutWorker, share, specs, env, cfg.placement.rollout)
         return group

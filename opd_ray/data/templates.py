@@ -50,6 +50,10 @@ def _chat(prompt: Prompt) -> RenderedPrompt:
     return _user(prompt.problem, REASON)
 
 
+def _plain_chat(prompt: Prompt) -> RenderedPrompt:
+    return _user(prompt.problem)
+
+
 def _boxed_chat(prompt: Prompt) -> RenderedPrompt:
     return _user(prompt.problem, BOX)
 
@@ -74,6 +78,7 @@ def _solution(prompt: Prompt) -> str:
 TEMPLATES: dict[str, Callable[[Prompt], RenderedPrompt]] = {
     "completion": _completion,
     "chat": _chat,
+    "plain_chat": _plain_chat,
     "boxed_chat": _boxed_chat,
     "chat_with_solution": _chat_with_solution,
     "completion_with_solution": _completion_with_solution,

@@ -1,7 +1,8 @@
 r"""Where the final answer stands in a response, and whether it is the right one: a table of named formats.
 
-`tiny` is the embedded task's, `last_number` fits GSM8K, `boxed` fits competition mathematics. Every function
-reads its text a constant number of times: a megabyte of braces or digits costs no more than its length.
+`tiny` is the embedded task's, `last_number` and `hash_number` fit GSM8K, `boxed` fits competition mathematics. Every
+function reads its text a constant number of times: a megabyte of braces or digits costs no more than its length. What
+is equal here is equal; for `boxed` it takes computer algebra (`verifier`) to know that two answers differ.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 from opd_ray.choices import AnswerFormat
+from opd_ray.evaluation.verdict import Verdict
 from opd_ray.tiny import task
 
 # A minus is a sign only where it cannot be a subtraction; a comma counts only before three digits.
@@ -36,27 +38,41 @@ _DROPPED = (
     "\\left", "\\right", "\\displaystyle", "\\!", "\\,", "\\;", "\\:", "\\$", "$", "\\%", "%",
     "\\(", "\\)", "\\[", "\\]",
 )  # fmt: skip
+_WHOLE = re.compile(r"[-+]?[0-9]{1,18}")
 _MAX_NUMBER_CHARS = 100
 """Longer digit strings are compared as text: exact fractions of them would not take linear time."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """`extract` finds a response's final answer, `reference` the key's, `equal` compares the two."""
+    """`extract` finds a response's final answer, `reference` the key's, `equal` and `differ` compare the two.
+
+    Where neither of these holds, it takes algebra to tell.
+    """
 
     extract: Callable[[str], str | None]
     equal: Callable[[str, str], bool]
+    differ: Callable[[str, str], bool]
     reference: Callable[[str], str | None]
 
 
 def is_correct(answer_format: AnswerFormat, response: str, answer: str) -> bool:
-    """Tell whether the response's final answer is the reference `answer`; False if it has none.
+    """Tell whether the response's final answer is the reference `answer`, without algebra; False if it has none.
 
-    The reference may be the bare answer or, for `last_number` and `boxed`, a solution that ends with it.
+    The reference may be the bare answer or, except for `tiny`, a solution that ends with it.
     """
+    wanted = reference(answer_format, answer)
+    return wanted is not None and verdict(answer_format, extract(answer_format, response), wanted) is Verdict.correct
+
+
+def verdict(answer_format: AnswerFormat, given: str | None, wanted: str) -> Verdict | None:
+    """What comparing `given` (as `extract` found it) with `wanted` (`reference`) tells; None where it takes algebra."""
     form = _FORMATS[answer_format]
-    given, wanted = form.extract(response), form.reference(answer)
-    return given is not None and wanted is not None and form.equal(given, wanted)
+    if not given:
+        return Verdict.no_answer
+    if form.equal(given, wanted):
+        return Verdict.correct
+    return Verdict.wrong if form.differ(given, wanted) else None
 
 
 def extract(answer_format: AnswerFormat, response: str) -> str | None:
@@ -64,9 +80,9 @@ def extract(answer_format: AnswerFormat, response: str) -> str | None:
     return _FORMATS[answer_format].extract(response)
 
 
-def is_gradable(answer_format: AnswerFormat, answer: str) -> bool:
-    """Tell whether `answer` can serve as a reference; no response can be correct where it cannot."""
-    return _FORMATS[answer_format].reference(answer) is not None
+def reference(answer_format: AnswerFormat, answer: str) -> str | None:
+    """Return the bare reference in `answer`; None where it has none, so that no response could be correct."""
+    return _FORMATS[answer_format].reference(answer)
 
 
 def last_number(text: str) -> str | None:
@@ -74,13 +90,23 @@ def last_number(text: str) -> str | None:
 
     The number comes without thousands separators, ``$`` and ``%``, and without a sentence's period.
     """
-    number = None
-    for match in _MARKED_NUMBER.finditer(text):
-        number = match.group(1)
+    number = hash_number(text)
     if number is None:
         for match in _ANY_NUMBER.finditer(text):
             number = match.group()
-    return None if number is None else number.replace(",", "").replace("$", "").replace("\u2212", "-")
+    return None if number is None else _plain(number)
+
+
+def hash_number(text: str) -> str | None:
+    """Return the number after the last ``####``, or None; written as by `last_number`."""
+    number = None
+    for match in _MARKED_NUMBER.finditer(text):
+        number = match.group(1)
+    return None if number is None else _plain(number)
+
+
+def _plain(number: str) -> str:
+    return number.replace(",", "").replace("$", "").replace("\u2212", "-")
 
 
 def last_boxed(text: str) -> str | None:
@@ -113,13 +139,19 @@ def same_expression(left: str, right: str) -> bool:
     Normalisation drops spacing, ``\left``/``\right``, dollar and percent signs, degrees, ``\text{}``, units
     after a number, ``x=`` before a value and the final period; it writes ``\dfrac12`` as ``\frac{1}{2}``,
     ``\sqrt2`` as ``\sqrt{2}`` and ``x^{2}`` as ``x^2``. Symbolic equivalence (``2k+2`` and ``2(k+1)``) is not
-    seen: that takes a computer algebra check (math-verify), a later step.
+    seen: that takes computer algebra (`verifier`).
     """
     left, right = _normalized(left), _normalized(right)
     if left == right:
         return True
     left_value, right_value = _value(left), _value(right)
     return left_value is not None and left_value == right_value
+
+
+def different_whole_numbers(left: str, right: str) -> bool:
+    """Tell whether both are plain whole numbers, and not the same: no algebra can make them equal."""
+    left, right = left.strip(), right.strip()
+    return bool(_WHOLE.fullmatch(left) and _WHOLE.fullmatch(right)) and int(left) != int(right)
 
 
 def _normalized(text: str) -> str:
@@ -161,8 +193,13 @@ def _tiny_reference(answer: str) -> str | None:
     return answer if answer.isascii() and answer.isdigit() else None
 
 
+def _always(left: str, right: str) -> bool:
+    return True
+
+
 _FORMATS: Mapping[AnswerFormat, _Format] = {
-    AnswerFormat.tiny: _Format(task.extract_answer, str.__eq__, _tiny_reference),
-    AnswerFormat.last_number: _Format(last_number, same_number, last_number),
-    AnswerFormat.boxed: _Format(last_boxed, same_expression, _boxed_reference),
+    AnswerFormat.tiny: _Format(task.extract_answer, str.__eq__, _always, _tiny_reference),
+    AnswerFormat.last_number: _Format(last_number, same_number, _always, last_number),
+    AnswerFormat.hash_number: _Format(hash_number, same_number, _always, last_number),
+    AnswerFormat.boxed: _Format(last_boxed, same_expression, different_whole_numbers, _boxed_reference),
 }

@@ -8,7 +8,7 @@ import pytest
 
 from opd_ray.choices import AnswerFormat
 from opd_ray.data.prompts import read_prompts
-from opd_ray.evaluation.scoring import check_problems
+from opd_ray.evaluation.grading import check_problems
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 ROWS = {"aime24": 30, "aime25": 30, "amc23": 40, "math500": 500, "gsm8k_test": 1319, "gsm8k_train": 7473}

@@ -4,9 +4,11 @@ from hypothesis import strategies as st
 
 from opd_ray.choices import AnswerFormat
 from opd_ray.evaluation import extract, is_correct
-from opd_ray.evaluation.answers import is_gradable
+from opd_ray.evaluation.answers import reference, verdict
+from opd_ray.evaluation.verdict import Verdict
 
 TINY, NUMBER, BOXED = AnswerFormat.tiny, AnswerFormat.last_number, AnswerFormat.boxed
+HASH = AnswerFormat.hash_number
 MEGABYTE = 1_000_000
 
 
@@ -187,10 +189,33 @@ def test_boxed_needs_a_box_in_the_response() -> None:
     assert not is_correct(BOXED, "70", "70")
 
 
-def test_gradable() -> None:
-    assert is_gradable(TINY, "55") and not is_gradable(TINY, "#55") and not is_gradable(TINY, "")
-    assert is_gradable(NUMBER, "work\n#### 72") and not is_gradable(NUMBER, "seventy-two")
-    assert is_gradable(BOXED, r"\frac12") and not is_gradable(BOXED, "  ")
+def test_the_reference_is_the_bare_answer_or_none() -> None:
+    assert reference(TINY, "55") == "55" and reference(TINY, "#55") is None and reference(TINY, "") is None
+    for number_format in (NUMBER, HASH):
+        assert reference(number_format, "work 5\n#### 1,072") == "1072" and reference(number_format, "two") is None
+    assert reference(BOXED, r"so \boxed{\frac12}") == reference(BOXED, r" \frac12 ") == r"\frac12"
+    assert reference(BOXED, "  ") is None
+
+
+@pytest.mark.parametrize(("text", "number"), [("a 3 #### 4 b 5", "4"), ("#### 1\n#### 2", "2"), ("so 7", None)])
+def test_hash_number_takes_marked_numbers_only(text: str, number: str | None) -> None:
+    assert extract(HASH, text) == number
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "found"),
+    [
+        (None, "5", Verdict.no_answer),
+        ("", "5", Verdict.no_answer),
+        (r"\dfrac12", r"\frac{1}{2}", Verdict.correct),
+        ("204", "205", Verdict.wrong),
+        ("50%", "1", None),
+        ("0.5", "1", None),
+        ("2k+2", "2(k+1)", None),
+    ],
+)
+def test_algebra_is_asked_only_where_it_can_tell(given: str | None, wanted: str, found: Verdict | None) -> None:
+    assert verdict(BOXED, given, wanted) is found
 
 
 # Hostile text: were any of these quadratic, a megabyte would take hours and the test run out of time.

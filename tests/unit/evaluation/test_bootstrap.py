@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_ray.evaluation import bootstrap, paired_bootstrap, pass_at_k
+from opd_ray.evaluation import bootstrap, bootstrap_interval, paired_bootstrap, pass_at_k
 
 Counts = tuple[list[int], list[int], list[int], int]
 
@@ -148,3 +148,19 @@ def test_nonsense_is_refused_by_name(changes: dict[str, Any], message: str) -> N
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         paired_bootstrap(**{**given_, **changes})
+
+
+def test_interval_of_a_mean_worked_by_hand() -> None:
+    # Two problems, 0 and 1: a resample's mean is 0, 1/2 or 1 with chances 1/4, 1/2, 1/4.
+    assert bootstrap_interval([0.0, 1.0]) == (0.0, 1.0)
+    assert bootstrap_interval([0.0, 1.0], alpha=0.6) == (0.5, 0.5)
+    assert bootstrap_interval([0.25]) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("values", "options"),
+    [([], {}), ([[1.0]], {}), ([1.0], {"alpha": 0.0}), ([1.0], {"num_resamples": 0}), ([1.0], {"seed": -1})],
+)
+def test_interval_of_a_mean_refuses_nonsense(values: list[float], options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        bootstrap_interval(values, **options)

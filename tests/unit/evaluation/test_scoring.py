@@ -27,15 +27,25 @@ def test_worked_by_hand() -> None:
         samples("0", "0", "0") + samples("0", num_tokens=50, finish_reason="length"),
     ]
     result = score(problems, completions, NUMBER, wall_s=1.5)
-    assert result.pass_at == pytest.approx({1: 0.25, 2: 5 / 12, 4: 0.5})  # problem a: 1/2, 5/6, 1; problem b: 0
+    # Problem a: 1/2, 5/6, 1, 1; problem b: 0.
+    assert result.pass_at == pytest.approx({1: 0.25, 2: 5 / 12, 3: 0.5, 4: 0.5})
     assert result.as_dict() == pytest.approx(
         {
             "pass_at_1": 0.25,
             "pass_at_2": 5 / 12,
             "pass_at_4": 0.5,
+            # Two problems: a resample has none, one or two of the first one.
+            "pass_at_4_low": 0.0,
+            "pass_at_4_high": 1.0,
             "avg_at_4": 0.25,
+            "avg_at_4_low": 0.0,
+            "avg_at_4_high": 0.5,
             "num_problems": 2,
             "samples_per_problem": 4,
+            "wrong_share": 6 / 8,
+            "no_answer_share": 0.0,
+            "unparseable_share": 0.0,
+            "timeout_share": 0.0,
             "truncated_share": 1 / 8,
             "mean_tokens": 15.0,
             "wall_s": 1.5,
@@ -47,7 +57,8 @@ def test_worked_by_hand() -> None:
 @pytest.mark.parametrize(("n", "ks"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
 def test_reports_powers_of_two_and_n(n: int, ks: list[int]) -> None:
     result = score([prompt("a", "1")], [samples(*["1"] * n)], NUMBER)
-    assert list(result.pass_at) == ks
+    assert [k for k in range(1, n + 1) if f"pass_at_{k}" in result.as_dict()] == ks
+    assert [k for k in range(1, n + 1) if f"pass_at_{k}" in result.as_dict(every_k=True)] == list(range(1, n + 1))
     assert f"pass_at_{n}" in result.as_dict() and f"avg_at_{n}" in result.as_dict()
 
 
