@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -42,13 +46,31 @@ def committed_folder(folder: Path) -> Iterator[Path]:
 async def committed_in_thread(folder: Path) -> AsyncIterator[Path]:
     """`committed_folder`, which waits for the disk, without holding up the event loop."""
     commit = committed_folder(folder)
-    temporary = await asyncio.to_thread(commit.__enter__)
     try:
+        temporary = await ended_in_thread(commit.__enter__)
         yield temporary
     except BaseException:
-        await asyncio.to_thread(commit.__exit__, *sys.exc_info())
+        await ended_in_thread(commit.__exit__, *sys.exc_info())
         raise
-    await asyncio.to_thread(commit.__exit__, None, None, None)
+    await ended_in_thread(commit.__exit__, None, None, None)
+
+
+async def ended_in_thread(function: Callable[..., _T], *args: Any) -> _T:
+    """`asyncio.to_thread` which, when cancelled, ends after `function` has: nothing is written behind one's back.
+
+    Who cancels a writer may remove or write the same files as soon as it has ended.
+    """
+    work = asyncio.create_task(asyncio.to_thread(function, *args))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        while not work.done():
+            # Whoever cancels again waits, too.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([work])
+        if not work.cancelled():
+            work.exception()
+        raise
 
 
 def _sync_tree(folder: Path) -> None:

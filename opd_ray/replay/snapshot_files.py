@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from opd_ray.committed_folder import committed_in_thread
+from opd_ray.committed_folder import committed_in_thread, ended_in_thread
 from opd_ray.errors import SnapshotError
 from opd_ray.replay.snapshot import FORMAT, StoreImage
 from opd_ray.replay.spill import Spilled, settled
@@ -31,8 +31,8 @@ async def write_image(image: StoreImage, folder: Path, fetch: Callable[[Any], An
             checksums = []
             for number, ref in enumerate(image.refs):
                 data = memoryview(ref.data if isinstance(ref, Spilled) else await settled(fetch(ref)))
-                checksums.append(await asyncio.to_thread(_write_payload, temporary / _name(number), data))
-            await asyncio.to_thread(_write_index, temporary / INDEX, {**image.index, "sha256": checksums})
+                checksums.append(await ended_in_thread(_write_payload, temporary / _name(number), data))
+            await ended_in_thread(_write_index, temporary / INDEX, {**image.index, "sha256": checksums})
     except OSError as error:
         raise SnapshotError(
             f"the snapshot {folder} cannot be written ({error}): make room, or choose another"

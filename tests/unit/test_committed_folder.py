@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from opd_ray.committed_folder import committed_folder
+from opd_ray.committed_folder import committed_folder, committed_in_thread, ended_in_thread
 
 
 def write(folder: Path, content: str) -> None:
@@ -95,3 +97,56 @@ def test_a_process_that_dies_over_the_exchange_loses_neither(
         assert (folder / "file").read_text() == ("new" if last_call == 3 else "old")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == [folder]
+
+
+async def cancelled_twice(task: asyncio.Task[Any], goes_on: threading.Event) -> bool:
+    """Cancel a task that waits for a thread, and once more; whether it was still waiting before the thread ended."""
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0.01)
+    was_waiting = not task.done()
+    goes_on.set()
+    await asyncio.gather(task, return_exceptions=True)
+    return was_waiting and task.cancelled()
+
+
+def test_a_cancelled_writer_ends_after_its_thread() -> None:
+    """Else it goes on writing where another one has begun: a checkpoint that is cut off, and the resumed run's."""
+    goes_on, ended = threading.Event(), []
+
+    def write() -> None:
+        goes_on.wait()
+        ended.append("whole")
+
+    async def run() -> bool:
+        task = asyncio.create_task(ended_in_thread(write))
+        await asyncio.sleep(0.01)
+        return await cancelled_twice(task, goes_on)
+
+    assert asyncio.run(run())
+    assert ended == ["whole"]
+
+
+@pytest.mark.parametrize("part", ["begin", "write"])
+def test_a_cancelled_commit_leaves_nothing_behind(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = threading.Event()
+    plain_mkdir = Path.mkdir
+
+    def slow_mkdir(self: Path, *args: Any, **options: Any) -> None:
+        goes_on.wait()
+        plain_mkdir(self, *args, **options)
+
+    async def commit() -> None:
+        async with committed_in_thread(tmp_path / "store") as temporary:
+            (temporary / "begun").touch()
+            await ended_in_thread(slow_mkdir, temporary / "part")
+
+    async def run() -> bool:
+        if part == "begin":
+            monkeypatch.setattr(Path, "mkdir", slow_mkdir)
+        task = asyncio.create_task(commit())
+        await asyncio.sleep(0.05)
+        return await cancelled_twice(task, goes_on)
+
+    assert asyncio.run(run())
+    assert list(tmp_path.iterdir()) == []
