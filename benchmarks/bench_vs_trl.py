@@ -76,7 +76,14 @@ SIZES = {
             "teacher.template=chat",
             "evaluation.path=''",
         ),
-        ours=("replay.max_staleness=2", "rollout.num_engines=1", "learner.num_ranks=1", "rollout.max_num_seqs=48"),
+        ours=(
+            "replay.max_staleness=2",
+            "rollout.num_engines=1",
+            "learner.num_ranks=1",
+            "rollout.max_num_seqs=48",
+            # Room for the samples of a prompt in one microbatch.
+            "learner.tokens_per_microbatch=2304",
+        ),
         steps=14,
         warmup=4,
         target=">= 2.5",

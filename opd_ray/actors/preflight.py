@@ -9,6 +9,8 @@ from typing import Any
 from opd_ray.choices import Overlong, Template
 from opd_ray.config import RunConfig
 from opd_ray.errors import DataError, ModelError
+from opd_ray.planning.model_files import shape_of_loaded
+from opd_ray.planning.model_shape import ModelShape
 from opd_ray.types import Prompt
 
 
@@ -42,11 +44,15 @@ class PreflightSpec:
 
 @dataclass(frozen=True, slots=True)
 class PreflightReport:
-    """`vocab_size` ids mean the same to student and teacher; `kept` are indices of prompts within the limit."""
+    """`vocab_size` ids mean the same to student and teacher; `kept` are indices of prompts within the limit.
+
+    `shapes` are the student's and the teacher's sizes, None where the number of parameters is unknown.
+    """
 
     vocab_size: int
     tokenizer_fingerprint: str
     kept: tuple[int, ...]
+    shapes: tuple[ModelShape | None, ModelShape | None] = (None, None)
 
 
 def preflight(spec: PreflightSpec, prompts: Sequence[Prompt], problems: Sequence[Prompt]) -> PreflightReport:
@@ -61,7 +67,8 @@ def preflight(spec: PreflightSpec, prompts: Sequence[Prompt], problems: Sequence
             f"({len(teacher)} tokens) have different tokenizers, so their ids mean different text: "
             "choose a teacher with the student's tokenizer"
         )
-    vocab_size = min(_checked_vocab_size(path, spec) for path in (spec.student_path, spec.teacher_path))
+    of_student, of_teacher = (_checked_config(path, spec) for path in (spec.student_path, spec.teacher_path))
+    vocab_size = min(int(of_student.vocab_size), int(of_teacher.vocab_size))
     if spec.top_k > vocab_size:
         raise ModelError(
             f"teacher.top_k={spec.top_k} exceeds the vocabulary of {vocab_size} tokens: give a value <= {vocab_size}"
@@ -72,10 +79,14 @@ def preflight(spec: PreflightSpec, prompts: Sequence[Prompt], problems: Sequence
     }
     kept = _within_limit(spec, prompts, list(views.values()))
     _within_limit(spec, problems, [views["data"]])
-    return PreflightReport(vocab_size, fingerprint, kept)
+    shapes = (
+        shape_of_loaded(of_student.to_dict(), spec.student_path),
+        shape_of_loaded(of_teacher.to_dict(), spec.teacher_path),
+    )
+    return PreflightReport(vocab_size, fingerprint, kept, shapes)
 
 
-def _checked_vocab_size(path: str, spec: PreflightSpec) -> int:
+def _checked_config(path: str, spec: PreflightSpec) -> Any:
     from transformers import AutoConfig
 
     from opd_ray.actors.tokenization import cannot_load
@@ -95,7 +106,7 @@ def _checked_vocab_size(path: str, spec: PreflightSpec) -> int:
         raise ModelError(
             f"{path!r} rescales its logits, which the learner's sparse head does not: choose a model with a plain head"
         )
-    return int(config.vocab_size)
+    return config
 
 
 def _within_limit(spec: PreflightSpec, prompts: Sequence[Prompt], views: Sequence[Any]) -> tuple[int, ...]:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from opd_ray.actors.prefix_tree import PrefixTree, enable_prefix_trees, prefix_tree
 from opd_ray.choices import Dtype
 from opd_ray.errors import ModelError
 
 
 def load_causal_lm(path: str, dtype: Dtype) -> Any:
-    """A causal language model of a folder or hub id; raises `ModelError`."""
+    """A causal language model of a folder or hub id, which takes prefix trees if it can; raises `ModelError`."""
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype.name))
     except (OSError, ValueError) as error:
@@ -28,6 +29,7 @@ def load_causal_lm(path: str, dtype: Dtype) -> Any:
             f"no model can be loaded from {path!r} ({' '.join(str(error).split())[:200]}): give a folder written by "
             "save_pretrained, or a hub id where the hub can be reached"
         ) from error
+    enable_prefix_trees(model)
     return model
 
 
@@ -35,13 +37,20 @@ def load_causal_lm(path: str, dtype: Dtype) -> Any:
 class PaddedRows:
     """Some sequences as one right-padded block, and where their responses are predicted.
 
-    `input_ids` [B, L]; `positions` int64 [N] are indices into the flattened [B * L] whose hidden states predict the
-    response tokens, row after row; `lengths` holds each row's response tokens, N = sum(lengths).
+    `input_ids` [B, L], without the sequences' last tokens, which predict nothing that is asked for; `positions` int64
+    [N] are indices into the flattened [B * L] whose hidden states predict the response tokens, row after row; `lengths`
+    holds each row's response tokens, N = sum(lengths). With a `tree`, a forward pass takes that instead of `input_ids`.
     """
 
     input_ids: Tensor
     positions: Tensor
     lengths: tuple[int, ...]
+    tree: PrefixTree | None = None
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens that a forward pass computes, padding included."""
+        return self.input_ids.numel() if self.tree is None else len(self.tree.token_ids)
 
     @property
     def row_index(self) -> tuple[Tensor, Tensor]:
@@ -57,27 +66,39 @@ def pad_rows(
     responses: Sequence[npt.NDArray[np.int32]],
     pad_id: int,
     device: torch.device,
+    *,
+    with_tree: bool = False,
 ) -> PaddedRows:
-    """One block of ``prompt + response`` sequences.
+    """One block of ``prompt + response`` sequences; `with_tree` for models that take one, where it saves something.
 
     Padding is on the right and attention is causal, so that no valid position ever sees it: no mask is needed.
     """
-    width = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
-    input_ids = np.full((len(prompts), width), pad_id, dtype=np.int64)
+    rows = [
+        np.concatenate([prompt, response[:-1]], dtype=np.int32)
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    width = max(len(row) for row in rows)
+    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     positions = []
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        input_ids[row, : len(prompt)] = prompt
-        input_ids[row, len(prompt) : len(prompt) + len(response)] = response
+    for number, (row, prompt, response) in enumerate(zip(rows, prompts, responses, strict=True)):
+        input_ids[number, : len(row)] = row
         # The state at the last prompt token predicts the first response token.
-        positions.append(row * width + len(prompt) - 1 + np.arange(len(response)))
+        positions.append(number * width + len(prompt) - 1 + np.arange(len(response)))
     return PaddedRows(
         input_ids=torch.from_numpy(input_ids).to(device),
         positions=torch.from_numpy(np.concatenate(positions)).to(device),
         lengths=tuple(len(response) for response in responses),
+        tree=prefix_tree(rows, width, device) if with_tree else None,
     )
 
 
-def hidden_states(model: Any, input_ids: Tensor, positions: Tensor) -> Tensor:
-    """Final hidden states [N, H] at the flat positions of a padded block [B, L]."""
-    hidden: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    return hidden.reshape(-1, hidden.shape[-1])[positions]
+def hidden_states(model: Any, block: PaddedRows) -> Tensor:
+    """Final hidden states [N, H] at the block's positions."""
+    tree = block.tree
+    if tree is None:
+        hidden: Tensor = model.base_model(input_ids=block.input_ids, use_cache=False).last_hidden_state
+        return hidden.reshape(-1, hidden.shape[-1])[block.positions]
+    outputs = model.base_model(
+        input_ids=tree.token_ids[None], position_ids=tree.depths[None], use_cache=False, prefix_tree=tree
+    )
+    return tree.at(outputs.last_hidden_state[0], block.positions)

@@ -171,5 +171,5 @@ class TeacherGroup(WorkerGroup):
         ]
         is_engine = cfg.teacher.backend is TeacherBackend.vllm
         env = vllm_env(share, cfg.teacher.kv_cache_gib, cfg.teacher.tensor_parallel) if is_engine else MALLOC_ENV
-        group.start(TeacherWorker, share, specs, env)
+        group.start(TeacherWorker, share, specs, env, cfg.placement.teacher)
         return group

@@ -14,8 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from opd_ray.actors.prefix_tree import takes_prefix_trees
 from opd_ray.actors.scoring_model import PaddedRows, hidden_states, load_causal_lm, pad_rows
 from opd_ray.choices import Dtype
+from opd_ray.data.packing import least_work, together
 from opd_ray.errors import SchemaError
 
 Ids = npt.NDArray[np.int32]
@@ -46,6 +48,7 @@ class TeacherModel:
         self._head: Tensor = self._model.get_output_embeddings().weight[:vocab_size].detach()
         # Kept: to have pages of this size anew for every chunk costs a CPU as much time as a pass over them.
         self._logits = self._head.new_empty(max(1, MAX_LOGITS // len(self._head)), len(self._head))
+        self._takes_trees = takes_prefix_trees(self._model)
         self._pad_id = pad_id
         self._max_batch_tokens = max_batch_tokens
 
@@ -62,12 +65,13 @@ class TeacherModel:
         # The last token predicts nothing that is asked for, and is left out.
         lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses, strict=True)]
         results: dict[int, Scores] = {}
-        for members in batches_by_length(lengths, self._max_batch_tokens, BATCH_COST[self._device.type]):
+        for members in self._batches(prompts, lengths):
             block = pad_rows(
-                [np.asarray(prompts[i][:-1], dtype=np.int32) for i in members],
-                [np.concatenate([prompts[i][-1:], responses[i][:-1]]) for i in members],
+                [np.asarray(prompts[i], dtype=np.int32) for i in members],
+                [responses[i] for i in members],
                 self._pad_id,
                 self._device,
+                with_tree=self._takes_trees,
             )
             wanted = self._joined([responses[i] for i in members])
             at = support if given is None else self._joined([given[i] for i in members])
@@ -77,6 +81,16 @@ class TeacherModel:
             for member, *row in zip(members, *parts, strict=True):
                 results[member] = Scores(*(value.numpy() for value in row))
         return [results[index] for index in range(len(prompts))]
+
+    def _batches(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Sequence[Sequence[int]]:
+        cost = BATCH_COST[self._device.type]
+        if not self._takes_trees:
+            return batches_by_length(lengths, self._max_batch_tokens, cost)
+        numbers: dict[tuple[int, ...], int] = {}
+        # A prompt's last token is part of what is computed once, too.
+        keys = [(str(numbers.setdefault(tuple(prompt), len(numbers))), len(prompt)) for prompt in prompts]
+        longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        return least_work(together(longest_first, keys), lengths, keys, self._max_batch_tokens, cost)
 
     def shutdown(self) -> None:
         """Nothing was started."""
@@ -94,8 +108,7 @@ class TeacherModel:
 
     def _score_block(self, block: PaddedRows, sampled_ids: Tensor, support: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Sampled log-probs [N], support ids int32 [N, K] and their log-probs [N, K] of one padded block."""
-        # The block's rows are one token further left than the responses, see `score`.
-        hidden = hidden_states(self._model, block.input_ids, block.positions + 1)
+        hidden = hidden_states(self._model, block)
         parts = []
         for start in range(0, len(hidden), len(self._logits)):
             part = slice(start, start + len(self._logits))

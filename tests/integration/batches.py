@@ -21,16 +21,21 @@ VOCAB = 40
 TOP_K = 4
 
 
-def scored_payload(lengths: list[int], seed: int, without_teacher: tuple[int, ...] = ()) -> Any:
+def scored_payload(
+    lengths: list[int], seed: int, without_teacher: tuple[int, ...] = (), samples_per_prompt: int = 1
+) -> Any:
     """An encoded scored batch with random tokens and a random teacher; NaN for the rows `without_teacher`."""
     rng = np.random.default_rng(seed)
-    rows = []
+    rows: list[RolloutRow] = []
     for slot, length in enumerate(lengths):
+        first = rows[slot - slot % samples_per_prompt] if slot % samples_per_prompt else None
         rows.append(
             RolloutRow(
                 slot=slot,
-                prompt_id=f"p{slot}",
-                prompt_token_ids=rng.integers(3, VOCAB, 5 + slot % 3).astype(np.int32),
+                prompt_id=first.prompt_id if first else f"p{slot}",
+                prompt_token_ids=(
+                    first.prompt_token_ids if first else rng.integers(3, VOCAB, 5 + slot % 3).astype(np.int32)
+                ),
                 response_token_ids=rng.integers(0, VOCAB, length).astype(np.int32),
                 behavior_logprobs=rng.normal(-3, 1, length).astype(np.float32),
                 version_starts=np.array([0], dtype=np.int32),

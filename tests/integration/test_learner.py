@@ -185,6 +185,31 @@ def test_a_step_equals_one_written_out(two_ranks: VariantGroup, student_folder: 
     assert moved > 1e-4, "the step must have moved the weights"
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_samples_of_a_prompt_train_as_if_each_were_computed_alone(
+    one_rank: VariantGroup, two_ranks: VariantGroup, student_folder: Path, stage: int
+) -> None:
+    """One rank with everything in a microbatch; two ranks with ZeRO 3 and several, of which one has a placeholder."""
+    cfg = config_of("lsm_block64")
+    payload = scored_payload(LENGTHS, seed=3, samples_per_prompt=3)
+    infos = tuple(replace(info, prompt_id=f"p{info.slot // 3}") for info in stale_infos(payload))
+    step = VariantStep(payload, (4, 2, 5, 0, 3, 1, 6), infos, 5)
+    if stage:
+        result = two_ranks.run(with_zero(cfg, stage), str(student_folder), [step], budget=100)
+    else:
+        result = one_rank.run(cfg, str(student_folder), [step], budget=10_000)
+        (report,) = result.reports[0]
+        # Prompts of 5, 5 and 6 tokens, and each response but its last token; now and then two begin alike.
+        assert report.model_tokens - report.computed_tokens >= 2 * 5 + 2 * 5
+    model = AutoModelForCausalLM.from_pretrained(student_folder)
+    loss, norm = reference_step(model, scored_rows(decode(payload)), cfg, None)
+    assert losses(result, cfg)[0] == pytest.approx(loss, rel=1e-5)
+    assert result.reports[0][0].grad_norm == pytest.approx(norm, rel=1e-4)
+    for name, parameter in model.named_parameters():
+        difference = (result.weights[name] - parameter.detach()).abs()
+        assert float(difference.mean()) < 1e-4 * cfg.learner.lr, name
+
+
 def only_step(group: VariantGroup, cfg: RunConfig, folder: Path, lengths: list[int], version: int = 0) -> RankReport:
     """The first rank's report of one step on stale trajectories."""
     payload = scored_payload(lengths, seed=3)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import ObjectLostError
 
 from opd_ray.actors.learner.group import LearnerGroup
+from opd_ray.actors.learner.spec import LostTrajectories
+from opd_ray.actors.placement_groups import Placement
 from opd_ray.actors.weights import combined_checksum
-from opd_ray.errors import ActorDiedError
+from opd_ray.choices import PlacementStrategy
+from opd_ray.errors import ActorDiedError, ResourceError
 from opd_ray.placement import Share
 from opd_ray.replay.cohort import SampledBatch
 from tests.integration.batches import scored_payload, stale_infos
@@ -46,9 +52,50 @@ async def killed_in_a_step(group: LearnerGroup, rank: int) -> None:
     await step
 
 
+class Owner:
+    """What it puts into the object store belongs to it, and is gone with it."""
+
+    def put(self, payload: Any) -> list[Any]:
+        return [ray.put(payload)]
+
+
+def lost_payload() -> Any:
+    """A reference to what is gone, as with the node that held it."""
+    owner_class: Any = ray.remote(Owner)
+    owner = owner_class.options(num_cpus=0).remote()
+    (ref,) = ray.get(owner.put.remote(scored_payload(LENGTHS, seed=3)))
+    ray.kill(owner)
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        try:
+            # Not kept: what is in use here stays here.
+            ray.get(ref)
+        except ObjectLostError:
+            return ref
+        time.sleep(0.2)
+    raise AssertionError("the payload is not lost yet")
+
+
+async def lose_a_payload(group: LearnerGroup) -> None:
+    """Neither rank is left waiting for the other, nothing has changed, and the step goes on with the rest."""
+    before, _ = await group.export(0)
+    kept, lost = some_batch(), lost_payload()
+    infos = tuple(replace(info, slot=info.slot + 100 * number) for number in (0, 1) for info in kept.infos)
+    rows = tuple((number, row) for number in (0, 1) for _, row in kept.rows)
+    batch = SampledBatch((*kept.refs, lost), rows, infos)
+    async with asyncio.timeout(30):
+        answer = await group.train_step(batch, 0)
+    assert isinstance(answer, LostTrajectories)
+    assert answer.slots == tuple(info.slot + 100 for info in kept.infos)
+    assert (await group.export(0))[0] == before
+    reports = await group.train_step(batch.without(answer.slots), 0)
+    assert isinstance(reports, list)
+    assert sum(report.num_tokens for report in reports) == sum(LENGTHS)
+
+
 async def lose_and_restart(group: LearnerGroup, folder: Path) -> None:
     await group.ready()
-    await group.train_step(some_batch(), 0)
+    await lose_a_payload(group)
     receipt, buckets = await group.export(1)
     await group.save_state(folder)
     with pytest.raises(ActorDiedError, match="actor learner-1 died") as caught:
@@ -67,7 +114,7 @@ async def lose_and_restart(group: LearnerGroup, folder: Path) -> None:
     await group.train_step(some_batch(), 1)
 
 
-def test_a_lost_rank_is_named_its_weights_stay_and_the_group_goes_on_from_its_state(
+def test_a_lost_payload_costs_its_rows_and_a_lost_rank_is_named_its_weights_stay_and_the_group_goes_on_from_its_state(
     student_folder: Path, tmp_path: Path
 ) -> None:
     cfg = small_config("lsm_block64", "learner.num_ranks=2", "learner.zero_stage=2", "deadline_s=60")
@@ -76,3 +123,16 @@ def test_a_lost_rank_is_named_its_weights_stay_and_the_group_goes_on_from_its_st
         asyncio.run(lose_and_restart(group, tmp_path))
     finally:
         group.shutdown()
+
+
+def test_room_that_does_not_come_is_refused_with_the_numbers() -> None:
+    placement = Placement("learner", Share(1.0, 0.0, 1), 3, PlacementStrategy.spread)
+    try:
+        with pytest.raises(
+            ResourceError,
+            match=r"^learner: 3 x \(1 CPU, 0 GPUs\) \(spread\) found no room in 1\S* s; there are nodes with "
+            r"1 x \(2 CPUs, 0 GPUs\), free of all are \S+ CPUs and 0 GPUs: add a node",
+        ):
+            asyncio.run(placement.wait(1.0))
+    finally:
+        placement.remove()

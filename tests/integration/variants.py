@@ -111,22 +111,31 @@ class VariantGroup:
         ray.get([worker.join.remote(rank, num_ranks, port) for rank, worker in enumerate(self.workers)])
 
     def run(
-        self, cfg: RunConfig, model_path: str, steps: Sequence[VariantStep], budget: int, states: States | None = None
+        self,
+        cfg: RunConfig,
+        model_path: str,
+        steps: Sequence[VariantStep],
+        budget: int,
+        states: States | None = None,
+        dump: Path | None = None,
     ) -> VariantResult:
-        """Train the variant of `cfg` with microbatches of at most `budget` padded tokens."""
+        """Train the variant of `cfg` with microbatches of at most `budget` padded tokens; trajectories go to `dump`."""
         num_ranks = len(self.workers)
         per_rank: list[list[tuple[RankBatch, Any]]] = [[] for _ in range(num_ranks)]
         for step in steps:
             infos = tuple(step.infos[row] for row in step.rows)
             lengths = [info.num_prompt_tokens + info.num_response_tokens for info in infos]
             rows = tuple((0, row) for row in step.rows)
-            plan = plan_microbatches(lengths, num_ranks, budget)
+            prompts = [(info.prompt_id, info.num_prompt_tokens) for info in infos if info.prompt_id]
+            plan = plan_microbatches(lengths, num_ranks, budget, prompts)
             batch = SampledBatch((step.payload,), rows, infos)
-            for rank, (part, _) in enumerate(rank_batches(batch, plan, step.policy_version, cfg.replay.reuse)):
+            num_dumped = cfg.telemetry.dump_trajectories if dump else 0
+            parts = rank_batches(batch, plan, step.policy_version, cfg.replay.reuse, num_dumped)
+            for rank, (part, _) in enumerate(parts):
                 per_rank[rank].append((part, step.payload))
         calls = []
         for rank, worker in enumerate(self.workers):
-            spec = LearnerSpec.of(cfg, rank, model_path, threads=1)
+            spec = LearnerSpec.of(cfg, rank, model_path, 1, str(dump or ""))
             calls.append(worker.run.remote(replace(spec, num_ranks=num_ranks), per_rank[rank], states or States()))
         results = ray.get(calls, timeout=240)
         by_step = [list(reports) for reports in zip(*(reports for reports, *_ in results), strict=True)]

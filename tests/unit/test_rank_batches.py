@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from opd_ray.actors.learner.spec import rank_batches
+import pytest
+
+from opd_ray.actors.learner.spec import LearnerSpec, dumped_places, rank_batches
+from opd_ray.config import RunConfig
 from opd_ray.data.packing import plan_microbatches
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.types import SampleInfo
@@ -38,7 +41,41 @@ def test_every_rank_knows_of_stale_trajectories_and_of_last_visits_elsewhere() -
     assert [(part.is_fresh, part.last_visits) for part, _ in parts] == [(False, (1,))] * 3
 
 
+def test_every_rank_forgets_what_was_lost_before() -> None:
+    batch = SampledBatch(("a",), ((0, 0), (0, 1)), (info(4, 1), info(5, 2)))
+    parts = rank_batches(batch, plan_microbatches([5, 5], 2, 100), 0, 2, lost=(1, 2))
+    assert [part.last_visits for part, _ in parts] == [(5, 1, 2)] * 2
+
+
 def test_a_rank_without_trajectories_gets_none() -> None:
     batch = SampledBatch(("a",), ((0, 0),), (info(0, 1),))
     _, (part, refs) = rank_batches(batch, plan_microbatches([5], 2, 100), 0, 1)
     assert (part.rows, part.infos, refs, part.microbatches) == ({}, {}, [], ((),))
+
+
+def test_dumped_trajectories_are_spread_over_the_step_and_every_visit_has_the_same() -> None:
+    rows = tuple((0, place) for place in range(8))
+    plan = plan_microbatches([5] * 8, 2, 20)
+    found = []
+    for visit in (1, 2):
+        batch = SampledBatch(("a",), rows, tuple(info(40 + place, visit, visit - 1) for place in range(8)))
+        parts = rank_batches(batch, plan, visit - 1, 2, 3)
+        for part, _ in parts:
+            assert set(part.dumped) <= set(part.rows), "a rank dumps its own trajectories only"
+        found.append(sorted(part.infos[place].slot for part, _ in parts for place in part.dumped))
+    assert found == [[40, 42, 45]] * 2
+
+
+@pytest.mark.parametrize(
+    ("num_trajectories", "num_dumped", "places"),
+    [(32, 0, ()), (32, 1, (0,)), (32, 2, (0, 16)), (3, 2, (0, 1)), (2, 5, (0, 1)), (0, 3, ())],
+)
+def test_at_most_the_whole_step_is_dumped(num_trajectories: int, num_dumped: int, places: tuple[int, ...]) -> None:
+    assert dumped_places(num_trajectories, num_dumped) == places
+
+
+def test_a_rank_has_no_folder_to_dump_to_unless_the_config_asks_for_it() -> None:
+    cfg = RunConfig()
+    assert LearnerSpec.of(cfg, 0, "m", 1, "folder").dump_folder == ""
+    cfg.telemetry.dump_trajectories = 1
+    assert LearnerSpec.of(cfg, 0, "m", 1, "folder").dump_folder == "folder"

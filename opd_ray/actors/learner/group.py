@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
 import ray.util
+from ray.exceptions import ObjectLostError
 
 from opd_ray.actors.group import MALLOC_ENV, WorkerGroup
-from opd_ray.actors.learner.spec import ROLE, LearnerSpec, RankBatch, rank_batches
+from opd_ray.actors.learner.spec import ROLE, LearnerSpec, LostTrajectories, RankBatch, rank_batches
 from opd_ray.actors.learner.step_report import RankReport
 from opd_ray.config import RunConfig
 from opd_ray.data.packing import plan_microbatches
@@ -68,6 +70,10 @@ class LearnerWorker:
         self._trainer = Trainer(spec)
         return self._trainer.num_buckets
 
+    def takes_trees(self) -> bool:
+        """Whether a prompt is computed once for its trajectories in a microbatch; after `setup`."""
+        return self.trainer.takes_trees
+
     @property
     def trainer(self) -> Trainer:
         """The trainer, after `setup`."""
@@ -75,8 +81,17 @@ class LearnerWorker:
             raise RuntimeError(f"{self._spec.name} is not set up: call setup first")
         return self._trainer
 
-    def train_step(self, batch: RankBatch, *payloads: Any) -> RankReport:
-        """Hops 9 to 11: one optimizer step; every rank must be called."""
+    def train_step(self, batch: RankBatch, refs: Sequence[Any]) -> RankReport | LostTrajectories:
+        """Hops 9 to 11: one optimizer step; every rank must be called.
+
+        `refs` are the payloads' references in a list, which Ray leaves alone: where Ray itself fetched them, a lost one
+        would end this call before it begins, and the other ranks would wait for this one in their first collective.
+        Instead the ranks agree, when all have tried, whether each has what it needs; if not, nothing has changed.
+        """
+        payloads, lost = _fetched(refs)
+        slots = tuple(batch.infos[place].slot for place, (payload, _) in batch.rows.items() if payload in lost)
+        if self.trainer.any_rank(bool(lost)):
+            return LostTrajectories(slots)
         return self.trainer.train_step(batch, payloads)
 
     def export(self, policy_version: int) -> tuple[WeightsReceipt | WeightBucket, ...] | None:
@@ -116,23 +131,34 @@ class LearnerGroup(WorkerGroup):
 
     tokens_per_microbatch = 1
     reuse = 1
+    num_dumped = 0
     _num_buckets = 1
+    _takes_trees = False
+
+    def __init__(self, role: str, deadline_s: float, max_restarts: int = 0) -> None:
+        super().__init__(role, deadline_s, max_restarts)
+        # The ranks have not been told yet to forget these slots.
+        self._lost: list[int] = []
 
     @classmethod
-    def create(cls, cfg: RunConfig, share: Share, path: str) -> LearnerGroup:
-        """Start the ranks; returns at once (await `ready`)."""
+    def create(cls, cfg: RunConfig, share: Share, path: str, dump_folder: str = "") -> LearnerGroup:
+        """Start the ranks; returns at once (await `ready`). `dump_folder` as `LearnerSpec.of` takes it."""
         group = cls(ROLE, cfg.deadline_s, cfg.faults.max_restarts)
         group.tokens_per_microbatch = cfg.learner.tokens_per_microbatch
         group.reuse = cfg.replay.reuse
-        specs = [(LearnerSpec.of(cfg, rank, path, share.threads),) for rank in range(cfg.learner.num_ranks)]
-        group.start(LearnerWorker, share, specs, MALLOC_ENV)
+        group.num_dumped = cfg.telemetry.dump_trajectories if dump_folder else 0
+        ranks = range(cfg.learner.num_ranks)
+        specs = [(LearnerSpec.of(cfg, rank, path, share.threads, dump_folder),) for rank in ranks]
+        group.start(LearnerWorker, share, specs, MALLOC_ENV, cfg.placement.learner)
         return group
 
     async def ready(self) -> None:
-        """Let the ranks meet and load the student."""
+        """Let the ranks find room, meet and load the student; raises `ResourceError` where no node has room."""
+        await self.placed()
         host, port = await self.result(self.workers[0].address.remote(), 0)
         found = await self.all(lambda worker: worker.setup.remote(host, port))
         self._num_buckets = int(found[0])
+        self._takes_trees = bool(await self.result(self.workers[0].takes_trees.remote(), 0))
 
     async def all(self, call: Callable[[Any], Any]) -> list[Any]:
         """The results of ``call(worker)`` on every rank.
@@ -153,16 +179,27 @@ class LearnerGroup(WorkerGroup):
             for one in calls:
                 one.cancel()
 
-    async def train_step(self, batch: SampledBatch, policy_version: int) -> list[RankReport]:
-        """One optimizer step from `policy_version` on, in microbatches of at most the token budget."""
+    async def train_step(self, batch: SampledBatch, policy_version: int) -> list[RankReport] | LostTrajectories:
+        """One optimizer step from `policy_version` on, in microbatches of at most the token budget.
+
+        When a payload is gone with a node no rank makes the step, and the answer says which trajectories are lost.
+        """
         lengths = [info.num_prompt_tokens + info.num_response_tokens for info in batch.infos]
-        plan = plan_microbatches(lengths, len(self.workers), self.tokens_per_microbatch)
-        parts = rank_batches(batch, plan, policy_version, self.reuse)
-        refs = iter(
-            worker.train_step.remote(part, *payloads)
-            for worker, (part, payloads) in zip(self.workers, parts, strict=True)
+        prompts = [(info.prompt_id or f"slot {info.slot}", info.num_prompt_tokens) for info in batch.infos]
+        plan = plan_microbatches(
+            lengths, len(self.workers), self.tokens_per_microbatch, prompts if self._takes_trees else ()
         )
-        return await self.all(lambda _: next(refs))
+        parts = rank_batches(batch, plan, policy_version, self.reuse, self.num_dumped, self._lost)
+        calls = iter(
+            worker.train_step.remote(part, refs) for worker, (part, refs) in zip(self.workers, parts, strict=True)
+        )
+        answers = await self.all(lambda _: next(calls))
+        lost = [slot for answer in answers if isinstance(answer, LostTrajectories) for slot in answer.slots]
+        if lost:
+            self._lost += lost
+            return LostTrajectories(tuple(sorted(lost)))
+        self._lost = []
+        return answers
 
     async def export(self, policy_version: int) -> tuple[WeightsReceipt, list[Any]]:
         """The current weights as receipt and bucket references, in the rollout engines' dtype."""
@@ -184,6 +221,22 @@ class LearnerGroup(WorkerGroup):
     async def load_state(self, folder: Path) -> None:
         """Go on from a saved state; raises `CheckpointError`, then nothing has changed."""
         await self.all(lambda worker: worker.load_state.remote(str(folder)))
+
+
+def _fetched(refs: Sequence[Any]) -> tuple[list[Any], set[int]]:
+    """The values of references, and the numbers of those that are lost."""
+    try:
+        return ray.get(list(refs)), set()
+    except ObjectLostError:
+        values = [_value_or_none(ref) for ref in refs]
+        return values, {number for number, value in enumerate(values) if value is None}
+
+
+def _value_or_none(ref: Any) -> Any:
+    try:
+        return ray.get(ref)
+    except ObjectLostError:
+        return None
 
 
 def _weight_of_cause(error: BaseException) -> int:

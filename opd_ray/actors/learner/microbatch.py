@@ -99,8 +99,12 @@ def make_microbatch(
     *,
     pad_id: int,
     device: torch.device,
+    with_tree: bool = False,
 ) -> Microbatch:
-    """Tensors of the trajectories; tokens with a non-finite log-prob in a column that is read are not valid."""
+    """Tensors of the trajectories; tokens with a non-finite log-prob in a column that is read are not valid.
+
+    `with_tree`: a prompt is computed once for all of its trajectories (`pad_rows`).
+    """
     num_tokens = sum(len(row.response_token_ids) for row in rows)
 
     def joined(arrays: Sequence[npt.NDArray[Any] | None], dtype: type) -> Tensor:
@@ -115,7 +119,11 @@ def make_microbatch(
     batch = Microbatch(
         members=tuple(members),
         block=pad_rows(
-            [row.prompt_token_ids for row in rows], [row.response_token_ids for row in rows], pad_id, device
+            [row.prompt_token_ids for row in rows],
+            [row.response_token_ids for row in rows],
+            pad_id,
+            device,
+            with_tree=with_tree,
         ),
         infos=tuple(infos),
         sampled_ids=joined([row.response_token_ids for row in rows], np.int64),

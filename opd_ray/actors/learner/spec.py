@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,16 @@ class LearnerSpec:
     threads: int
     seed: int
     probe_positions: int
+    dump_folder: str = ""
 
     @classmethod
-    def of(cls, cfg: RunConfig, rank: int, model_path: str, threads: int) -> LearnerSpec:
-        """The part of `cfg` for one rank that trains the student of `model_path`."""
+    def of(  # noqa: PLR0913  (the public surface)
+        cls, cfg: RunConfig, rank: int, model_path: str, threads: int, dump_folder: str = ""
+    ) -> LearnerSpec:
+        """The part of `cfg` for one rank that trains the student of `model_path`.
+
+        `dump_folder`, which all ranks share, takes in the trajectories that are dumped; empty = nowhere.
+        """
         return cls(
             name=f"{ROLE}-{rank}",
             rank=rank,
@@ -49,7 +55,15 @@ class LearnerSpec:
             threads=threads,
             seed=cfg.seed,
             probe_positions=cfg.telemetry.probe_positions,
+            dump_folder=dump_folder if cfg.telemetry.dump_trajectories else "",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LostTrajectories:
+    """The answer of a step that was not made: the payloads of these slots are gone with a node."""
+
+    slots: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +72,8 @@ class RankBatch:
 
     `rows` and `infos` are by place, the rank's own only: ``rows[i]`` is (payload, row within it), payloads being
     counted as they are handed to `train_step`. Of the whole step a rank is told whether it `is_fresh`, all trajectories
-    of it, and the slots at their last visit. `policy_version` is the learner's before the step.
+    of it, and the slots at their last visit, or lost before it. `policy_version` is the learner's before the step.
+    `dumped` are the rank's own places whose trajectories are dumped.
     """
 
     microbatches: tuple[tuple[int, ...], ...]
@@ -67,18 +82,36 @@ class RankBatch:
     is_fresh: bool
     last_visits: tuple[int, ...]
     policy_version: int
+    dumped: tuple[int, ...] = ()
 
 
-def rank_batches(batch: SampledBatch, plan: Plan, policy_version: int, reuse: int) -> list[tuple[RankBatch, list[Any]]]:
-    """Each rank's part of `batch`, as `plan` says, with the references of the payloads that it needs."""
+def rank_batches(  # noqa: PLR0913  (the public surface)
+    batch: SampledBatch, plan: Plan, policy_version: int, reuse: int, num_dumped: int = 0, lost: Sequence[int] = ()
+) -> list[tuple[RankBatch, list[Any]]]:
+    """Each rank's part of `batch`, as `plan` says, with the references of the payloads that it needs.
+
+    `lost` are slots of earlier batches that do not come again.
+    """
+    dumped = dumped_places(len(batch.infos), num_dumped)
     is_fresh = all(info.is_fresh for info in batch.infos)
-    last_visits = tuple(info.slot for info in batch.infos if info.visits >= reuse)
+    last_visits = (*(info.slot for info in batch.infos if info.visits >= reuse), *lost)
     parts = []
     for microbatches in plan:
         places = [place for members in microbatches for place in members]
         number: dict[int, int] = {}
         rows = {place: (number.setdefault(batch.rows[place][0], len(number)), batch.rows[place][1]) for place in places}
         infos = {place: batch.infos[place] for place in places}
-        part = RankBatch(microbatches, rows, infos, is_fresh, last_visits, policy_version)
+        own = tuple(place for place in dumped if place in rows)
+        part = RankBatch(microbatches, rows, infos, is_fresh, last_visits, policy_version, own)
         parts.append((part, [batch.refs[payload] for payload in number]))
     return parts
+
+
+def dumped_places(num_trajectories: int, num_dumped: int) -> tuple[int, ...]:
+    """The places of a step's batch that are dumped: evenly spread over it, which is in order of slot number.
+
+    They depend on nothing that is random or measured, so a run's second visit shows the trajectories of its first, and
+    so does the same run with another seed, gate or objective; neighbours, samples of one prompt, are avoided.
+    """
+    count = min(num_dumped, num_trajectories)
+    return tuple(number * num_trajectories // count for number in range(count))

@@ -47,7 +47,9 @@ class StepRecord:
             report.removed[rule] = report.removed.get(rule, 0) + number
         report.kl_sum += float((batch.engine_logprobs - batch.teacher_logprobs)[valid].double().sum())
         report.padded_tokens += batch.block.input_ids.numel()
-        report.model_tokens += sum(info.num_prompt_tokens + info.num_response_tokens for info in batch.infos)
+        # A trajectory's last token predicts nothing and is not computed.
+        report.model_tokens += sum(info.num_prompt_tokens + info.num_response_tokens - 1 for info in batch.infos)
+        report.computed_tokens += batch.block.num_computed
         if weighed.sampling_error is not None:
             errors = weighed.sampling_error[weighed.gate.segment_tokens > 0].double()
             report.sampling_error_square_sum += float(errors.square().sum())

@@ -33,6 +33,7 @@ class RankReport:
     lr: float = 0.0
     padded_tokens: int = 0
     model_tokens: int = 0
+    computed_tokens: int = 0  # fewer than model tokens where trajectories begin alike, else more by the padding
     times: dict[str, float] = field(default_factory=dict)
 
 
@@ -57,6 +58,7 @@ def step_metrics(reports: Sequence[RankReport], *, is_gated: bool, min_support_m
         "learner/grad_norm": first.grad_norm,
         "learner/lr": first.lr,
         "learner/tokens/loss": tokens,
+        "learner/tokens/computed_share": total("computed_tokens") / max(total("model_tokens"), 1),
         "learner/tokens/padding_share": 1 - total("model_tokens") / max(total("padded_tokens"), 1),
     }
     removed = _summed([report.removed for report in reports])

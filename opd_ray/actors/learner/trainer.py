@@ -29,9 +29,10 @@ from opd_ray.actors.learner.spec import LearnerSpec, RankBatch
 from opd_ray.actors.learner.step_gate import StepGate, Weighed
 from opd_ray.actors.learner.step_record import StepRecord
 from opd_ray.actors.learner.step_report import RankReport
+from opd_ray.actors.learner.step_watch import StepWatch
 from opd_ray.actors.learner.student_weights import StudentWeights
 from opd_ray.actors.learner.token_masks import TokenMasks
-from opd_ray.actors.scoring_model import load_causal_lm
+from opd_ray.actors.scoring_model import PaddedRows, load_causal_lm
 from opd_ray.actors.tokenization import load_tokenizer, newline_token_mask
 from opd_ray.actors.weights import WeightBucket
 from opd_ray.choices import GateKind, HeadKernel, ObjectiveKind
@@ -51,7 +52,11 @@ class _Pass:
 
 
 class Trainer:
-    """The student, its optimizer, and what the gate remembers of earlier steps."""
+    """The student, its optimizer, and what the gate remembers of earlier steps.
+
+    Attributes:
+        takes_trees: whether what trajectories of a microbatch begin with alike is computed once (`prefix_tree`).
+    """
 
     def __init__(self, spec: LearnerSpec) -> None:
         torch.set_num_threads(spec.threads)
@@ -65,6 +70,7 @@ class Trainer:
         if spec.learner.head_kernel is HeadKernel.triton and self._device.type != "cuda":
             raise ModelError("learner.head_kernel=triton needs a learner on a GPU: set learner.head_kernel=torch")
         policy = PolicyModel(language_model, spec.learner.head_kernel.value)
+        self.takes_trees = policy.takes_trees
         newlines = torch.from_numpy(newline_token_mask(self._tokenizer, policy.head_weight.shape[0]))
         self._columns = learner_columns(spec.objective, spec.gate, probes=spec.probe_positions > 0)
         self._masks = TokenMasks(spec.objective.mask_rules, self._tokenizer)
@@ -72,6 +78,7 @@ class Trainer:
         loss_has_ratio = spec.objective.kind is ObjectiveKind.opd
         self._gate = StepGate(spec.gate, newlines.to(self._device), seed=spec.seed, loss_has_ratio=loss_has_ratio)
         self._requests = HeadRequests(spec, self._gate, self._memory)
+        self._watch = StepWatch(spec, self._tokenizer)
         self._engine = start_engine(policy, spec.learner, num_ranks=spec.num_ranks, num_steps=spec.num_steps)
         zero_stage = spec.learner.zero_stage
         self._weights = StudentWeights(
@@ -79,6 +86,14 @@ class Trainer:
         )
         shards = OptimizerShards(self._engine, policy, rank=spec.rank, zero_stage=zero_stage)
         self._state = LearnerState(self._engine, shards, self._memory, self._gate, self._device)
+
+    def any_rank(self, fact: bool) -> bool:
+        """Whether `fact` holds on any rank; every rank must ask."""
+        if self._spec.num_ranks == 1:
+            return fact
+        flag = torch.tensor([int(fact)], device=self._device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
 
     def train_step(self, batch: RankBatch, payloads: Sequence[Any]) -> RankReport:
         """One optimizer step; returns this rank's sums. Raises `DivergedError` on a non-finite loss or norm."""
@@ -88,6 +103,7 @@ class Trainer:
         record = StepRecord(report, spec.gate.kind is not GateKind.off)
         with record.timed("pack"):
             micros = self._microbatches(batch, payloads)
+            self._watch.begin(batch, payloads)
         planned = self._planned(batch, micros, record)
         for index, (micro, weighed) in enumerate(zip(micros, planned, strict=True)):
             self._engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
@@ -104,6 +120,9 @@ class Trainer:
         with record.timed("gate"):
             gate.end_step()
         self._memory.forget(batch.last_visits)
+        if batch.dumped:
+            with record.timed("dump"):
+                self._watch.write(report.tau, weight_scale)
         report.times["step"] = time.monotonic() - started
         return record.finish(weight_scale)
 
@@ -118,7 +137,9 @@ class Trainer:
                 continue
             rows = [decoded[payload][row] for payload, row in (batch.rows[i] for i in members)]
             infos = [batch.infos[i] for i in members]
-            micro = make_microbatch(rows, infos, members, pad_id=self._pad_id, device=self._device)
+            micro = make_microbatch(
+                rows, infos, members, pad_id=self._pad_id, device=self._device, with_tree=self.takes_trees
+            )
             micros.append(self._gate.segmented(select_positions(micro, self._spec.objective, self._masks)))
         return micros
 
@@ -146,9 +167,12 @@ class Trainer:
         if micro is None:
             one = torch.zeros(1, dtype=torch.int64, device=self._device)
             request = self._requests.placeholder(self._device)
-            return _Pass(None, request, HeadValues.of(request, self._engine(one[:, None], one, one, request)))
+            block = PaddedRows(one[:, None], one, (1,))
+            return _Pass(None, request, HeadValues.of(request, self._engine(block, one, request)))
         request = self._requests.of(micro, with_loss=with_loss, is_planned=is_planned, num_passes=num_passes)
-        outputs = self._engine(micro.block.input_ids, micro.block.positions, micro.sampled_ids, request)
+        if with_loss:
+            request = self._watch.added_to(request, micro)
+        outputs = self._engine(micro.block, micro.sampled_ids, request)
         values = HeadValues.of(request, outputs)
         if values.entropy is not None:
             micro = select_high_entropy(micro, values.entropy, self._spec.objective.entropy_top_share)
@@ -180,6 +204,7 @@ class Trainer:
             record.count(micro, weighed, losses)
             record.compare(micro, values.logprobs, behavior)
             record.probe(micro, done.request.probe_at, values.probe)
+            self._watch.take(micro, values.watched, weighed, behavior, losses)
         return loss
 
     def _scaled_step(self, report: RankReport) -> float:

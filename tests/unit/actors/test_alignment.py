@@ -26,8 +26,8 @@ def test_padded_positions_by_hand() -> None:
         pad_id=0,
         device=torch.device("cpu"),
     )
-    assert block.input_ids.tolist() == [[5, 6, 7, 1, 2], [8, 3, 4, 9, 0]]
-    assert block.positions.tolist() == [2, 3, 5, 6, 7]
+    assert block.input_ids.tolist() == [[5, 6, 7, 1], [8, 3, 4, 0]]
+    assert block.positions.tolist() == [2, 3, 4, 5, 6]
     assert [index.tolist() for index in block.row_index] == [[0, 0, 1, 1, 1], [0, 1, 0, 1, 2]]
 
 
@@ -39,11 +39,11 @@ def test_padding_does_not_reach_valid_positions() -> None:
     device = torch.device("cpu")
     with torch.no_grad():
         together = pad_rows(prompts, responses, 0, device)
-        joint = hidden_states(model, together.input_ids, together.positions)
+        joint = hidden_states(model, together)
         single = []
         for prompt, response in zip(prompts, responses, strict=True):
             alone = pad_rows([prompt], [response], 0, device)
-            single.append(hidden_states(model, alone.input_ids, alone.positions))
+            single.append(hidden_states(model, alone))
     torch.testing.assert_close(joint, torch.cat(single), rtol=1e-4, atol=1e-5)
 
 

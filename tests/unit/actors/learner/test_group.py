@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from opd_ray.actors.learner import group as learner_group
 from opd_ray.actors.learner.group import LearnerGroup
+from opd_ray.actors.learner.spec import LostTrajectories, RankBatch
 from opd_ray.errors import ActorDiedError, ActorError, DivergedError, LearnerLostError, OpdError
+from opd_ray.replay.cohort import SampledBatch
+from opd_ray.types import SampleInfo
 
 GLOO = ActorError("connection closed by peer")
 DIED = ActorDiedError("learner-1 died")
@@ -73,3 +77,42 @@ def test_ranks_that_hang_after_a_failure_are_given_up(monkeypatch: pytest.Monkey
     with pytest.raises(ActorDiedError):
         asyncio.run(group.all(lambda worker: worker))
     assert group.num_cancelled == 2
+
+
+class FakeRank:
+    """A rank that cannot fetch some references, and knows what it was told to forget."""
+
+    def __init__(self) -> None:
+        self.lost: set[str] = set()
+        self.forgot: list[tuple[int, ...]] = []
+        self.train_step = self
+
+    def remote(self, part: RankBatch, refs: list[str]) -> Any:
+        self.forgot.append(part.last_visits)
+        lost = [part.infos[place].slot for place, (payload, _) in part.rows.items() if refs[payload] in self.lost]
+        return LostTrajectories(tuple(lost)) if self.lost else f"report of {len(part.rows)}"
+
+
+class GroupOfFakes(LearnerGroup):
+    def __init__(self, num_ranks: int) -> None:
+        super().__init__("learner", 1.0)
+        self.workers = [FakeRank() for _ in range(num_ranks)]
+        self.tokens_per_microbatch, self.reuse = 1000, 2
+
+    async def result(self, ref: Any, index: int) -> Any:
+        return ref
+
+
+def test_what_any_rank_misses_is_said_and_later_forgotten_by_all() -> None:
+    infos = tuple(SampleInfo(slot, 0, 1, 0.0, 3, 5) for slot in range(6))
+    batch = SampledBatch(("a", "b", "c"), tuple((slot // 2, slot % 2) for slot in range(6)), infos)
+    group = GroupOfFakes(2)
+    for rank in group.workers:
+        rank.lost = {"b"}
+    assert asyncio.run(group.train_step(batch, 0)) == LostTrajectories((2, 3))
+    for rank in group.workers:
+        rank.lost = set()
+    for expected in ((2, 3), ()):
+        reports = asyncio.run(group.train_step(batch.without((2, 3)), 0))
+        assert isinstance(reports, list) and len(reports) == 2
+        assert [sorted(rank.forgot[-1]) for rank in group.workers] == [sorted(expected)] * 2
