@@ -11,8 +11,9 @@ import ray
 
 from benchmarks.scale_actors import FakeEngine, FakeRank, FakeTeacher, Sizes
 from benchmarks.scale_run import Cluster
-from opd_ray.actors.group import WorkerGroup, start_named
+from opd_ray.actors.group import WorkerGroup
 from opd_ray.actors.learner.group import LearnerGroup
+from opd_ray.actors.remote_calls import start_named
 from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.teacher import TeacherGroup
 

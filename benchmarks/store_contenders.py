@@ -17,7 +17,8 @@ import numpy as np
 import ray
 
 from benchmarks.store_workload import ARRAYS, Sums, Workload, make_rows, read
-from opd_ray.actors.group import MALLOC_ENV, remote_result, worker_env
+from opd_ray.actors.group import MALLOC_ENV, worker_env
+from opd_ray.actors.remote_calls import remote_result
 from opd_ray.actors.store import StoreClient
 from opd_ray.choices import LogprobDtype
 from opd_ray.config import ReplayConfig, RunConfig

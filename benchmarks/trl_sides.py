@@ -20,7 +20,8 @@ from benchmarks.trl_cpu_time import CpuClock
 from opd_ray.actors.tokenization import PromptTokenizer, load_tokenizer
 from opd_ray.config import RunConfig
 from opd_ray.data.source import PromptSource
-from opd_ray.evaluation.scoring import Completion, score
+from opd_ray.evaluation.grading import Completion
+from opd_ray.evaluation.scoring import score
 from opd_ray.main import conf_dir, to_run_config
 from opd_ray.sources import evaluation_problems, model_path, training_prompts
 from opd_ray.types import Prompt
@@ -36,6 +37,7 @@ OUR_METRICS = (
     "learner/tokens_per_s",
     "learner/time/",
     "learner/tokens/padding_share",
+    "learner/tokens/computed_share",
     "replay/staleness/",
 )
 

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from opd_ray.checkpoint import Checkpoint, latest_checkpoint
 from opd_ray.config import RunConfig
 from opd_ray.errors import CheckpointError
-from opd_ray.run_folder import RunFolder, run_folders
+from opd_ray.run_folder import CONFIG_FILE, RunFolder, run_folders
 
 AUTO = "auto"
 NEVER = "never"
@@ -61,6 +63,27 @@ def _last_cut_off(cfg: RunConfig, config_values: Mapping[str, Any]) -> Checkpoin
         run = RunFolder(folder)
         return None if run.is_finished() or run.is_in_use() else checkpoint
     return None
+
+
+def finished_run(cfg: RunConfig, config_values: Mapping[str, Any]) -> Path | None:
+    """The newest run of the same config in `runs_dir` that came to its end; None if there is none, or ``resume=never``.
+
+    A job of a multirun asks for it, so that a multirun that is typed again does nothing twice.
+    """
+    if cfg.resume != AUTO:
+        return None
+    for folder in run_folders(cfg.runs_dir, cfg.run_name):
+        if RunFolder(folder).is_finished() and _was_made_with(folder, config_values):
+            return folder
+    return None
+
+
+def _was_made_with(folder: Path, config_values: Mapping[str, Any]) -> bool:
+    try:
+        then = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(then, dict) and not any(differences(then, config_values, _FREE))
 
 
 def differences(

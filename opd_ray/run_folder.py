@@ -30,6 +30,7 @@ Status = Literal["running", "finished", "interrupted", "failed"]
 """What became of a run."""
 
 LATEST = "latest"
+CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
 STATUS_FILE = "status.json"
 SUMMARY_FILE = "summary.json"

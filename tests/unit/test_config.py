@@ -333,7 +333,7 @@ BAD_CALLS = {
     "learner.foo=3": ["foo"],
     "gate.kind=x": ["gate.kind", "block"],
     "replay.sampled_logprob_dtype=bfloat16": ["replay.sampled_logprob_dtype", "float16"],
-    "experiment=lsm": ["+experiment=lsm"],
+    "experiment=lsn": ["experiment/lsn", "lsm_block64"],
     "data.path=missing.jsonl": ["missing.jsonl"],
     "resume=missing_run": ["resume=missing_run", "run folder"],
     "rollout.on_new_weights=later": ["rollout.on_new_weights", "finish"],

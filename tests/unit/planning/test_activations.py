@@ -17,7 +17,8 @@ LAYERS = 3
 
 def bytes_saved_by_autograd(config: Any, dtype: torch.dtype, checkpointing: bool) -> float:
     """Bytes a token of all distinct tensors that the decoder saves, its parameters left out."""
-    model: Any = transformers.AutoModelForCausalLM.from_config(config).to(dtype).train()
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model = model.to(dtype).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
