@@ -152,7 +152,7 @@ def test_an_agent_starts_the_command_and_every_value_makes_a_valid_run(
         found = run_config(*with_plus(line[4:]))
         cfg = to_run_config(found)
         assert cfg.experiment == point["experiment"]
-        assert cfg.runs_dir == f"runs/{name}"
+        assert cfg.runs_dir == f"runs/multirun/{name}"
         for key, value in point.items():
             if key != "experiment":
                 assert OmegaConf.select(found, key) == value
@@ -277,7 +277,7 @@ def test_a_multirun_without_a_failure_ends_well_and_a_named_folder_is_kept(multi
     code = multirun(
         lambda found: folders.append(found.cfg.runs_dir), "-m", "+sweep=six_variants", "seed=7", "runs_dir=here"
     )
-    assert (code, folders) == (0, ["here/six_variants"] * 6)
+    assert (code, folders) == (0, ["here/multirun/six_variants"] * 6)
 
 
 def test_ctrl_c_ends_all_jobs(multirun: Callable[..., int]) -> None:
