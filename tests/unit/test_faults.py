@@ -101,6 +101,18 @@ def test_workers_and_stores_that_die_cost_no_step(
         assert [step for step, _ in run.world.batches] == list(range(8))
 
 
+def sound_run_with_checkpoints(max_staleness: int, reuse: int, deaths: list[tuple[int, str]], seed: int) -> Run:
+    """A run in a folder of its own in which `deaths` happen, and which is sound for all that."""
+
+    async def scenario(folder: Path) -> Run:
+        return await train_with_deaths(Run(small(max_staleness, reuse), World(seed, 6), folder), deaths)
+
+    with TemporaryDirectory() as folder:
+        run = asyncio.run(scenario(Path(folder)))
+    assert_sound(run, max_staleness, reuse)
+    return run
+
+
 @given(
     st.integers(0, 3),
     st.integers(1, 2),
@@ -111,12 +123,7 @@ def test_workers_and_stores_that_die_cost_no_step(
 def test_a_lost_learner_takes_the_run_back_to_its_checkpoint(
     max_staleness: int, reuse: int, deaths: list[tuple[int, str]], seed: int
 ) -> None:
-    async def scenario(folder: Path) -> Run:
-        return await train_with_deaths(Run(small(max_staleness, reuse), World(seed, 6), folder), deaths)
-
-    with TemporaryDirectory() as folder:
-        run = asyncio.run(scenario(Path(folder)))
-    assert_sound(run, max_staleness, reuse)
+    run = sound_run_with_checkpoints(max_staleness, reuse, deaths, seed)
     assert len(run.rolled_back) == run.learner.num_restarts
     assert all(version % 2 == 0 for version in run.rolled_back)
 
@@ -134,12 +141,7 @@ LOSSES = st.sampled_from(["payloads", "node", "node with the store", "rollout"])
 def test_lost_payloads_cost_their_trajectories_and_no_step(
     max_staleness: int, reuse: int, losses: list[tuple[int, str]], seed: int
 ) -> None:
-    async def scenario(folder: Path) -> Run:
-        return await train_with_deaths(Run(small(max_staleness, reuse), World(seed, 6), folder), losses)
-
-    with TemporaryDirectory() as folder:
-        run = asyncio.run(scenario(Path(folder)))
-    assert_sound(run, max_staleness, reuse)
+    run = sound_run_with_checkpoints(max_staleness, reuse, losses, seed)
     assert [step for step, _ in run.world.batches] == list(range(8))
     lost = run.books.get("evicted/payload_lost", 0)
     if len(run.stores) == 1:
@@ -158,12 +160,7 @@ def test_lost_payloads_cost_their_trajectories_and_no_step(
 def test_a_node_with_a_learner_rank_takes_the_run_back_without_what_it_held(
     max_staleness: int, reuse: int, losses: list[tuple[int, str]], seed: int
 ) -> None:
-    async def scenario(folder: Path) -> Run:
-        return await train_with_deaths(Run(small(max_staleness, reuse), World(seed, 6), folder), losses)
-
-    with TemporaryDirectory() as folder:
-        run = asyncio.run(scenario(Path(folder)))
-    assert_sound(run, max_staleness, reuse)
+    run = sound_run_with_checkpoints(max_staleness, reuse, losses, seed)
     assert len(run.rolled_back) == run.learner.num_restarts
 
 
