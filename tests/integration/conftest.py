@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+# The smallest real run, for tests of what starts one.
+SHORT_JOB = [
+    "num_steps=2",
+    "evaluation.path=''",
+    "rollout.num_engines=1",
+    "rollout.prompts_per_step=2",
+    "rollout.samples_per_prompt=4",
+    "learner.num_ranks=1",
+    "data.num_prompts=8",
+]
+
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:

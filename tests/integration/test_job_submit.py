@@ -17,18 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.integration.conftest import SHORT_JOB
+
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = [
-    "num_steps=2",
-    "evaluation.path=''",
-    "rollout.num_engines=1",
-    "rollout.prompts_per_step=2",
-    "rollout.samples_per_prompt=4",
-    "learner.num_ranks=1",
-    "data.num_prompts=8",
-]
 
 
 def free_port() -> int:
@@ -94,7 +87,7 @@ def wait_for_dashboard(head: subprocess.Popen[bytes], env: dict[str, str], log: 
 
 def submit(env: dict[str, str], runs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(ROOT / "launch" / "submit.sh"), *SHORT, *arguments],
+        ["bash", str(ROOT / "launch" / "submit.sh"), *SHORT_JOB, *arguments],
         env=env | {"PYTHON": sys.executable, "RUNS_DIR": str(runs), "OPD_SCALE": "tiny"},
         # From another folder, as nothing may depend on where it is called.
         cwd=runs.parent,

@@ -20,19 +20,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.conftest import SHORT_JOB
+
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
 DAEMONS = ("munged", "slurmctld", "slurmd")
-SHORT = [
-    "num_steps=2",
-    "evaluation.path=''",
-    "rollout.num_engines=1",
-    "rollout.prompts_per_step=2",
-    "rollout.samples_per_prompt=4",
-    "learner.num_ranks=1",
-    "data.num_prompts=8",
-]
 # No accounting, no cgroups, no systemd: processes are followed by /proc.
 CONF = """
 ClusterName=test
@@ -165,7 +158,7 @@ def sbatch(env: dict[str, str], log: Path, *arguments: str, options: tuple[str, 
 @pytest.mark.timeout(600)
 def test_a_slurm_job_on_two_nodes_trains_to_its_end(slurm: dict[str, str], tmp_path: Path) -> None:
     runs, log = tmp_path / "runs", tmp_path / "job.log"
-    job = sbatch(slurm, log, *SHORT, f"runs_dir={runs}", options=("--nodes=2",))
+    job = sbatch(slurm, log, *SHORT_JOB, f"runs_dir={runs}", options=("--nodes=2",))
     out, _ = job.communicate(timeout=500)
     said = log.read_text() if log.exists() else out
     assert job.returncode == 0, said
@@ -178,7 +171,7 @@ def test_a_slurm_job_on_two_nodes_trains_to_its_end(slurm: dict[str, str], tmp_p
 def test_a_slurm_job_near_its_time_limit_ends_well(slurm: dict[str, str], tmp_path: Path) -> None:
     """Slurm's warning (SIGTERM to the script) ends the run as Ctrl-C does."""
     runs, log = tmp_path / "runs", tmp_path / "job.log"
-    job = sbatch(slurm, log, *SHORT, "num_steps=5000", "checkpoint.every=1", f"runs_dir={runs}")
+    job = sbatch(slurm, log, *SHORT_JOB, "num_steps=5000", "checkpoint.every=1", f"runs_dir={runs}")
     until = time.monotonic() + 200
     while time.monotonic() < until and not list(runs.glob("*/checkpoints/step-*")):
         assert job.poll() is None, log.read_text()

@@ -14,12 +14,17 @@ from opd_ray.errors import ConfigError, DataError
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 
 
+def assert_complete(plan: Plan, num_sequences: int, num_ranks: int) -> None:
+    """Every sequence is there once, and each rank has equally many microbatches."""
+    assert len(plan) == num_ranks
+    assert len({len(microbatches) for microbatches in plan}) == 1
+    assert sorted(i for rank in plan for rows in rank for i in rows) == list(range(num_sequences))
+
+
 @given(LENGTHS, st.integers(1, 5), st.integers(1, 200))
 def test_plans_hold_what_they_promise(lengths: list[int], num_ranks: int, budget: int) -> None:
     plan = plan_microbatches(lengths, num_ranks, budget)
-    assert len(plan) == num_ranks
-    assert len({len(microbatches) for microbatches in plan}) == 1
-    assert sorted(i for rank in plan for rows in rank for i in rows) == list(range(len(lengths)))
+    assert_complete(plan, len(lengths), num_ranks)
     for microbatches in plan:
         filled = [rows for rows in microbatches if rows]
         assert microbatches[: len(filled)] == tuple(filled), "empty microbatches come last"
@@ -69,9 +74,7 @@ def test_plans_by_prompt_are_as_complete_as_bounded_and_never_more_work(
 ) -> None:
     lengths, prompts = shapes_of(samples)
     plan = plan_microbatches(lengths, num_ranks, budget, prompts)
-    assert len(plan) == num_ranks
-    assert len({len(microbatches) for microbatches in plan}) == 1
-    assert sorted(i for rank in plan for rows in rank for i in rows) == list(range(len(lengths)))
+    assert_complete(plan, len(lengths), num_ranks)
     for microbatches in plan:
         filled = [rows for rows in microbatches if rows]
         assert microbatches[: len(filled)] == tuple(filled), "empty microbatches come last"
