@@ -48,6 +48,8 @@ def cluster() -> Iterator[dict[str, str]]:
     for key in ("RAY_ADDRESS", "OPD_SCALE", "PYTHONPATH"):
         env.pop(key, None)
     options = ["--node-ip-address=127.0.0.1", "--port=0", f"--dashboard-port={port}", f"--temp-dir={folder}"]
+    # The agent that takes jobs has one port by default, which the Ray of other tests in this session may have.
+    options += [f"--dashboard-agent-listen-port={free_port()}"]
     options += ["--num-cpus=2", "--disable-usage-stats", "--include-log-monitor=false", "--block"]
     with (folder / "head.log").open("wb") as log:
         head = subprocess.Popen(

@@ -35,8 +35,16 @@ def verdicts(pairs: list[Pair], settings: Verification = PATIENT) -> dict[Pair, 
 
 
 def children() -> list[str]:
+    """Command lines of verifier workers among the descendants of this process (those of ended ones are empty)."""
     found = psutil.Process().children(recursive=True)
-    return [" ".join(child.cmdline()) for child in found if "verifier_worker" in " ".join(child.cmdline())]
+    return [line for line in map(command_line, found) if "verifier_worker" in line]
+
+
+def command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # Ended meanwhile, or a zombie that another test's library has not waited for.
+        return ""
 
 
 def test_equal_expressions_are_correct_and_others_are_not() -> None:
