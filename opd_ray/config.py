@@ -214,6 +214,7 @@ class EvaluationConfig:
     num_problems: int = ranged(64, "problems taken from the source, 0 = all", ge=0)
     samples_per_problem: int = ranged(8, "samples a problem, n", ge=1)
     every: int = ranged(0, "optimizer steps between evaluations, 0 = only before and after", ge=0)
+    before: bool = documented(True, "evaluate the student before training; it is the same in all runs of a sweep")
     temperature: float = ranged(1.0, "sampling temperature", gt=0)
     top_p: float = ranged(0.9, "nucleus mass", gt=0, le=1)
     max_response_tokens: int = ranged(256, "longest response, tokens", ge=1)

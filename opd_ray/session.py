@@ -170,7 +170,7 @@ class Session:
         if engine is not None and not plan.rollout.gpus:
             await self._evaluate_teacher(engine, problems)
         outputs = self._open_outputs()
-        if problems and self.evaluations.before is None:
+        if problems and cfg.evaluation.before and self.evaluations.before is None:
             self._phase("evaluating the student before training")
             before = await evaluate(cfg, groups.rollout, problems, self._samples_file("before", 0))
             self.evaluations.before = before.as_dict()

@@ -208,7 +208,8 @@ def test_killed_and_resumed_it_is_the_unbroken_run(short_run: tuple[Path, str], 
 
 def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    process = start(*SHORT, "num_steps=1000", "evaluation.teacher=false", f"runs_dir={runs}")
+    no_evaluation = ["evaluation.before=false", "evaluation.teacher=false"]
+    process = start(*SHORT, "num_steps=1000", *no_evaluation, f"runs_dir={runs}")
     assert process.stderr is not None
     for line in process.stderr:
         if "step 1/" in line:
@@ -229,5 +230,6 @@ def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
         == books["trained"] + books["in_store"] + books["in_flight"] + books["evicted"] + books["failed"]
     )
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert rows and not (folder / "summary.json").exists() and not (folder / "student").exists()
+    assert rows and not list((folder / "evaluation").glob("*"))
+    assert not (folder / "summary.json").exists() and not (folder / "student").exists()
     assert_gone(children)

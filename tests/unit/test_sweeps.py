@@ -37,7 +37,7 @@ from opd_ray.types import Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEPS = {path.stem: path for path in sorted((ROOT / "launch" / "sweeps").glob("*.yaml"))}
-NUM_RUNS = {"six_variants": 30, "gate_loss_staleness": 150, "block_size_tau": 125, "controls_baselines": 60}
+NUM_RUNS = {"six_variants": 30, "gate_loss_staleness": 150, "block_size_tau": 125, "controls_baselines": 60, "study": 180, "study_controls": 25}
 by_name = pytest.mark.parametrize("name", list(SWEEPS))
 
 
