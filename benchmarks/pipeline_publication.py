@@ -27,7 +27,7 @@ from opd_ray.actors.rollout import RolloutGroup, RolloutSpec, RolloutWorker
 from opd_ray.choices import Dtype
 from opd_ray.config import RunConfig
 from opd_ray.errors import ActorError
-from opd_ray.placement import Share, plan_resources
+from opd_ray.planning.placement import Share, plan_resources
 from opd_ray.types import LoadReceipt, Prompt, RolloutRequest, WeightsReceipt
 
 DEADLINE_S = 300.0

@@ -27,12 +27,12 @@ from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import StoreClient
 from opd_ray.actors.teacher import TeacherGroup
 from opd_ray.actors.weights import WeightBucket
-from opd_ray.checkpoint import Checkpoints
 from opd_ray.config import RunConfig
 from opd_ray.controller import Controller, Groups, Outputs
 from opd_ray.data.source import PromptSource
-from opd_ray.placement import Share
+from opd_ray.planning.placement import Share
 from opd_ray.replay.cohort import SampledBatch
+from opd_ray.run.checkpoint import Checkpoints
 from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
 
 NUM_STAGES = 3

@@ -22,7 +22,7 @@ from opd_ray.actors.remote_calls import remote_result
 from opd_ray.actors.store import StoreClient
 from opd_ray.choices import LogprobDtype
 from opd_ray.config import ReplayConfig, RunConfig
-from opd_ray.placement import Share
+from opd_ray.planning.placement import Share
 from opd_ray.types import BatchReceipt, TrajectoryReceipt
 
 DEADLINE_S = 120.0

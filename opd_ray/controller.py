@@ -31,14 +31,14 @@ from opd_ray.actors.learner.group import LearnerGroup
 from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import StoreClient
 from opd_ray.actors.teacher import TeacherGroup
-from opd_ray.checkpoint import Checkpoint, Checkpoints
 from opd_ray.config import RunConfig
 from opd_ray.data.source import PromptSource
 from opd_ray.errors import ActorDiedError, LearnerLostError
-from opd_ray.evaluator import SamplesFile, evaluate, evaluation_metrics
+from opd_ray.judge.evaluator import SamplesFile, evaluate, evaluation_metrics
 from opd_ray.learner_loop import LearnerLoop, RunTotals
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.rollout_loop import RolloutLoop
+from opd_ray.run.checkpoint import Checkpoint, Checkpoints
 from opd_ray.types import Histogram, Prompt
 from opd_ray.workload import GroupLoad
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from opd_ray.errors import DataError, OpdError
 from opd_ray.report.trajectory_page import trajectory_page
-from opd_ray.trajectory_dump import DUMP_FOLDER, DumpEntry, dump_entries, read_settings, read_visits
+from opd_ray.run.trajectory_dump import DUMP_FOLDER, DumpEntry, dump_entries, read_settings, read_visits
 
 _NAMES = {"trajectory": "slot", "step": "step", "visit": "visit"}
 _MAX_LISTED = 12

@@ -20,11 +20,11 @@ from opd_ray.actors.learner.spec import LostTrajectories
 from opd_ray.actors.learner.step_report import RankReport, step_metrics
 from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import StoreClient
-from opd_ray.checkpoint import LEARNER, STORE, STUDENT, Checkpoint, CheckpointDraft, Checkpoints
 from opd_ray.choices import GateKind
 from opd_ray.config import RunConfig
 from opd_ray.errors import ActorDiedError, LearnerLostError
 from opd_ray.replay.cohort import SampledBatch
+from opd_ray.run.checkpoint import LEARNER, STORE, STUDENT, Checkpoint, CheckpointDraft, Checkpoints
 from opd_ray.types import LoadReceipt
 from opd_ray.workload import GroupLoad, pipeline_metrics
 

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from opd_ray.config import RunConfig
 from opd_ray.config_checks import check_config
 from opd_ray.errors import ConfigError, OpdError
-from opd_ray.resume import finished_run
+from opd_ray.run.resume import finished_run
 
 _Config = TypeVar("_Config")
 _Act = Callable[["Composed[_Config]"], None]

@@ -22,24 +22,24 @@ from opd_ray.actors.remote_calls import remote_result
 from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import StoreClient
 from opd_ray.actors.teacher import TeacherGroup
-from opd_ray.checkpoint import Checkpoint, Checkpoints, latest_checkpoint
 from opd_ray.config import RunConfig
 from opd_ray.config_checks import announcements
 from opd_ray.controller import Controller, Groups, Outputs
 from opd_ray.data.source import PromptSource
 from opd_ray.errors import ActorError, CheckpointError, OpdError
-from opd_ray.evaluator import FOLDER, SamplesFile, evaluate, evaluation_metrics
 from opd_ray.interrupts import end_on_sigterm, run_interruptible
-from opd_ray.placement import ResourcePlan, Share, plan_resources
+from opd_ray.judge.evaluator import FOLDER, SamplesFile, evaluate, evaluation_metrics
 from opd_ray.planning.cluster import Cluster
+from opd_ray.planning.placement import ResourcePlan, Share, plan_resources
 from opd_ray.planning.whole_plan import make_plan
-from opd_ray.resume import checkpoint_to_resume
-from opd_ray.run_folder import CONFIG_FILE, RunFolder
-from opd_ray.run_outputs import RunOutputs
-from opd_ray.run_summary import Evaluations, closing_words, shown, summary
+from opd_ray.run.checkpoint import Checkpoint, Checkpoints, latest_checkpoint
+from opd_ray.run.folder import CONFIG_FILE, RunFolder
+from opd_ray.run.outputs import RunOutputs
+from opd_ray.run.resume import checkpoint_to_resume
+from opd_ray.run.summary import Evaluations, closing_words, shown, summary
+from opd_ray.run.trajectory_dump import DUMP_FOLDER
 from opd_ray.sources import evaluation_problems, model_path, training_prompts
 from opd_ray.telemetry.progress import Progress
-from opd_ray.trajectory_dump import DUMP_FOLDER
 from opd_ray.types import Prompt
 
 TEACHER_ENGINE_ROLE = "teacher-engine"

@@ -12,7 +12,7 @@ import ray
 from opd_ray.actors.group import WorkerGroup
 from opd_ray.actors.placement_groups import cluster_nodes
 from opd_ray.errors import ResourceError
-from opd_ray.node_fit import NodeResources
+from opd_ray.planning.node_fit import NodeResources
 
 STOP_S = 5.0
 

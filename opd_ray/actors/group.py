@@ -16,7 +16,7 @@ from opd_ray.actors.placement_groups import LOOK_S, Placement, place
 from opd_ray.actors.remote_calls import death_is_known, remote_result, start_named
 from opd_ray.choices import PlacementStrategy
 from opd_ray.errors import ActorDiedError, LearnerLostError
-from opd_ray.placement import Share
+from opd_ray.planning.placement import Share
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from opd_ray.actors.remote_calls import remote_result
 from opd_ray.choices import Dtype, Template
 from opd_ray.errors import DataError, ModelError
 from opd_ray.evaluation.grading import ProblemSet
-from opd_ray.placement import Share
+from opd_ray.planning.placement import Share
 
 
 @dataclass(frozen=True, slots=True)

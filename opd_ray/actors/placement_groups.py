@@ -16,8 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from opd_ray.choices import PlacementStrategy
 from opd_ray.errors import ResourceError
-from opd_ray.node_fit import Demand, NodeResources, nodes_text
-from opd_ray.placement import Share
+from opd_ray.planning.node_fit import Demand, NodeResources, nodes_text
+from opd_ray.planning.placement import Share
 
 # How often Ray is asked whether room was found.
 LOOK_S = 1.0

@@ -18,7 +18,7 @@ from opd_ray.choices import LogprobDtype, OnNewWeights, Support, Template
 from opd_ray.config import RunConfig
 from opd_ray.errors import ModelError
 from opd_ray.evaluation.grading import Completion
-from opd_ray.placement import Share
+from opd_ray.planning.placement import Share
 from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from opd_ray.actors.group import MALLOC_ENV, WorkerGroup, vllm_env
 from opd_ray.choices import Dtype, LogprobDtype, Support, TeacherBackend, Template
 from opd_ray.config import RunConfig
-from opd_ray.placement import Share
+from opd_ray.planning.placement import Share
 from opd_ray.types import BatchReceipt, Prompt
 
 if TYPE_CHECKING:

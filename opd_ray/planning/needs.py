@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from opd_ray.choices import Dtype, Offload, TeacherBackend
 from opd_ray.config import RunConfig
-from opd_ray.placement import ResourcePlan
 from opd_ray.planning.amounts import GIB, WorkerNeed
 from opd_ray.planning.learner_need import LearnerInput, learner_need
 from opd_ray.planning.model_shape import ModelShape
 from opd_ray.planning.payload import StoreNeed, store_need
+from opd_ray.planning.placement import ResourcePlan
 from opd_ray.planning.serving_need import RolloutInput, TeacherInput, rollout_need, teacher_need
 
 _ITEM_BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from opd_ray.config import RunConfig
 from opd_ray.errors import ResourceError
-from opd_ray.node_fit import NodeResources
-from opd_ray.placement import plan_resources
 from opd_ray.planning.cluster import Cluster
 from opd_ray.planning.layout import Seat, lay_out
 from opd_ray.planning.model_shape import ModelShape
 from opd_ray.planning.needs import Needs, run_needs
+from opd_ray.planning.node_fit import NodeResources
 from opd_ray.planning.payload import Hop, traffic
+from opd_ray.planning.placement import plan_resources
 from opd_ray.planning.verdict import Check, checks, refusal, warnings
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from opd_ray.errors import DataError
-from opd_ray.trajectory_dump import DumpedVisit
+from opd_ray.run.trajectory_dump import DumpedVisit
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _FLOATS = ("drift", "token_weights", "losses", "kl", "entropy", "behavior_logprobs", "current_logprobs")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from opd_ray.compare import PAGE_FILE, write_comparison
-from opd_ray.comparison import compare_runs
+from opd_ray.comparison.groups import compare_runs
 from tests.browser.conftest import Browser
 from tests.unit.run_folders import write_study
 

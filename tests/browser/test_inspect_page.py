@@ -12,7 +12,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from opd_ray.inspect import main
-from opd_ray.trajectory_dump import DUMP_FOLDER, DumpedVisit, write_dump
+from opd_ray.run.trajectory_dump import DUMP_FOLDER, DumpedVisit, write_dump
 from tests.browser.conftest import Browser
 from tests.unit.dumped import SETTINGS, made_visit
 

@@ -20,7 +20,7 @@ from opd_ray.actors.placement_groups import Placement
 from opd_ray.actors.weights import combined_checksum
 from opd_ray.choices import PlacementStrategy
 from opd_ray.errors import ActorDiedError, ResourceError
-from opd_ray.placement import Share
+from opd_ray.planning.placement import Share
 from opd_ray.replay.cohort import SampledBatch
 from tests.integration.batches import scored_payload, stale_infos
 from tests.integration.runs import small_config

@@ -10,10 +10,10 @@ import pytest
 
 from opd_ray.actors.learner.group import LearnerGroup
 from opd_ray.actors.learner.step_report import step_metrics
-from opd_ray.checkpoint import read_checkpoint
 from opd_ray.config import RunConfig
 from opd_ray.data.source import PromptSource
 from opd_ray.replay.cohort import SampledBatch
+from opd_ray.run.checkpoint import read_checkpoint
 from opd_ray.sources import training_prompts
 from opd_ray.types import RolloutRequest, SampleInfo
 from tests.integration.runs import NO_SHARE, Engines, small_config, train

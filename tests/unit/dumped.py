@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_ray.trajectory_dump import DumpedVisit
+from opd_ray.run.trajectory_dump import DumpedVisit
 
 SETTINGS: dict[str, Any] = {
     "objective": {"kind": "lsm", "mask_rules": []},

@@ -15,14 +15,14 @@ from opd_ray.actors import engine_group
 from opd_ray.actors.engine_group import EngineGroup
 from opd_ray.choices import AnswerFormat, Dtype, Template
 from opd_ray.errors import ActorDiedError, ConfigError, DataError, DeadlineError, ModelError
-from opd_ray.evaluate_config import EvaluateConfig, check_evaluate_config, engine_config, problem_sets
 from opd_ray.evaluation.grading import Completion, ProblemSet
 from opd_ray.evaluation.samples import SamplesHeader, read_samples, to_graded, write_samples
 from opd_ray.evaluation.verdict import Verdict
 from opd_ray.evaluation.verifier import Verification
-from opd_ray.evaluator import SamplesFile, evaluate, judge, problem_set_name
-from opd_ray.judged_model import Results, judged_model
-from opd_ray.recompute import recompute
+from opd_ray.judge.evaluate_config import EvaluateConfig, check_evaluate_config, engine_config, problem_sets
+from opd_ray.judge.evaluator import SamplesFile, evaluate, judge, problem_set_name
+from opd_ray.judge.judged_model import Results, judged_model
+from opd_ray.judge.recompute import recompute
 from opd_ray.types import Prompt
 from tests.unit.fake_actors import Handle, config
 

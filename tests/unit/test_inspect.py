@@ -9,7 +9,7 @@ import pytest
 
 from opd_ray.errors import DataError
 from opd_ray.inspect import choose, main, overview
-from opd_ray.trajectory_dump import DUMP_FOLDER, DumpEntry, write_dump
+from opd_ray.run.trajectory_dump import DUMP_FOLDER, DumpEntry, write_dump
 from tests.unit.dumped import SETTINGS, made_visit
 
 

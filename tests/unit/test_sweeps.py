@@ -29,15 +29,22 @@ from opd_ray.choices import AnswerFormat
 from opd_ray.config import RunConfig
 from opd_ray.errors import ActorError, ConfigError
 from opd_ray.evaluation import Completion, score
-from opd_ray.evaluator import evaluation_metrics
+from opd_ray.judge.evaluator import evaluation_metrics
 from opd_ray.main import Composed, command, composed, conf_dir, multirun_name, to_run_config, with_plus
-from opd_ray.resume import finished_run
-from opd_ray.run_folder import CONFIG_FILE, RunFolder
+from opd_ray.run.folder import CONFIG_FILE, RunFolder
+from opd_ray.run.resume import finished_run
 from opd_ray.types import Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEPS = {path.stem: path for path in sorted((ROOT / "launch" / "sweeps").glob("*.yaml"))}
-NUM_RUNS = {"six_variants": 30, "gate_loss_staleness": 150, "block_size_tau": 125, "controls_baselines": 60, "study": 180, "study_controls": 25}
+NUM_RUNS = {
+    "six_variants": 30,
+    "gate_loss_staleness": 150,
+    "block_size_tau": 125,
+    "controls_baselines": 60,
+    "study": 180,
+    "study_controls": 25,
+}
 by_name = pytest.mark.parametrize("name", list(SWEEPS))
 
 

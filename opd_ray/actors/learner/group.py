@@ -22,7 +22,7 @@ from opd_ray.actors.learner.step_report import RankReport
 from opd_ray.config import RunConfig
 from opd_ray.data.packing import plan_microbatches
 from opd_ray.errors import ActorDiedError, ActorError
-from opd_ray.placement import Share
+from opd_ray.planning.placement import Share
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.types import WeightsReceipt
 

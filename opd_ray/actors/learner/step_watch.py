@@ -27,7 +27,7 @@ from opd_ray.actors.token_text import token_labels, token_pieces
 from opd_ray.objective import lsm_loss
 from opd_ray.replay.codec import decode
 from opd_ray.replay.rows import ScoredRow, scored_rows
-from opd_ray.trajectory_dump import DumpedVisit, write_dump
+from opd_ray.run.trajectory_dump import DumpedVisit, write_dump
 
 
 @dataclass(frozen=True, slots=True)

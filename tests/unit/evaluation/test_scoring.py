@@ -105,7 +105,7 @@ def test_lists_that_do_not_fit_are_refused(completions: list[list[Completion]], 
 
 def test_engines_are_not_imported() -> None:
     code = (
-        "import sys, opd_ray.evaluation, opd_ray.telemetry, opd_ray.report, opd_ray.run_folder\n"
+        "import sys, opd_ray.evaluation, opd_ray.telemetry, opd_ray.report, opd_ray.run.folder\n"
         "import opd_ray.report.learning_curve\n"
         "heavy = {'ray', 'torch', 'vllm', 'transformers', 'deepspeed', 'wandb', 'matplotlib', 'pyarrow'}\n"
         "sys.exit(' '.join(sorted(heavy & set(sys.modules))) or 0)"

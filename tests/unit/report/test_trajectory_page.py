@@ -14,7 +14,7 @@ import pytest
 
 from opd_ray.errors import DataError
 from opd_ray.report.trajectory_page import trajectory_page
-from opd_ray.trajectory_dump import DumpedVisit
+from opd_ray.run.trajectory_dump import DumpedVisit
 from tests.unit.dumped import SETTINGS, made_visit
 
 NASTY = ["</script>", "<script>", "alert(1)", "<!--", "&amp;", "{{ 7 * 7 }}", "\u2028", "'\"", "\x00", "<img src=x>"]

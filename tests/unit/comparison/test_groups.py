@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opd_ray.comparison import compare_runs
+from opd_ray.comparison.groups import compare_runs
 from opd_ray.errors import DataError
 from opd_ray.evaluation import pass_at_k
 from opd_ray.evaluation.significance import t_quantile

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from opd_ray import run_outputs
 from opd_ray.choices import WandbMode
 from opd_ray.config import TelemetryConfig
-from opd_ray.run_folder import RunFolder
-from opd_ray.run_outputs import RunOutputs
+from opd_ray.run import outputs as run_outputs
+from opd_ray.run.folder import RunFolder
+from opd_ray.run.outputs import RunOutputs
 from opd_ray.telemetry.metrics import MetricsWriter
 from opd_ray.telemetry.progress import Progress
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from opd_ray.config import RunConfig
 from opd_ray.errors import ResourceError
-from opd_ray.node_fit import Demand, NodeResources, first_without_room, nodes_text
+from opd_ray.planning.node_fit import Demand, NodeResources, first_without_room, nodes_text
 
 _NUM_GROUPS = 3
 # How far even shares are lowered, in steps, where nodes are too small for them.

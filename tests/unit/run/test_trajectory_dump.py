@@ -12,10 +12,9 @@ import pytest
 from opd_ray.choices import WandbMode
 from opd_ray.config import TelemetryConfig
 from opd_ray.errors import DataError, RunFolderError
-from opd_ray.run_folder import RunFolder
-from opd_ray.run_outputs import RunOutputs
-from opd_ray.telemetry.progress import Progress
-from opd_ray.trajectory_dump import (
+from opd_ray.run.folder import RunFolder
+from opd_ray.run.outputs import RunOutputs
+from opd_ray.run.trajectory_dump import (
     DUMP_FOLDER,
     VERSION_KEY,
     DumpedVisit,
@@ -26,6 +25,7 @@ from opd_ray.trajectory_dump import (
     read_visits,
     write_dump,
 )
+from opd_ray.telemetry.progress import Progress
 from tests.unit.dumped import SETTINGS, made_visit
 
 PIECES = ["6", " times", " 7", "\n", "", "é", " is 42"]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from opd_ray.data.gguf_folder import convert
 from opd_ray.errors import ModelError
-from opd_ray.gguf_folder import convert
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

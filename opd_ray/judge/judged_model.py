@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from opd_ray.errors import ModelError, RunFolderError
-from opd_ray.evaluator import FOLDER
-from opd_ray.run_folder import CONFIG_FILE, STATUS_FILE, SUMMARY_FILE, RunFolder
+from opd_ray.judge.evaluator import FOLDER
+from opd_ray.run.folder import CONFIG_FILE, STATUS_FILE, SUMMARY_FILE, RunFolder
 from opd_ray.sources import TINY_PREFIX, model_path
 
 STUDENT = "student"

@@ -10,13 +10,13 @@ from typing import Any
 
 from opd_ray.config import TelemetryConfig
 from opd_ray.replay.cohort import SampledBatch
-from opd_ray.run_folder import RunFolder
+from opd_ray.run.folder import RunFolder
+from opd_ray.run.trajectory_dump import DUMP_FOLDER, drop_after
 from opd_ray.telemetry.json_lines import JsonLines
 from opd_ray.telemetry.metrics import MetricsWriter
 from opd_ray.telemetry.progress import Progress
 from opd_ray.telemetry.ray_metrics import RayMetricsSink
 from opd_ray.telemetry.sinks import Sink, Sinks, WandbSink
-from opd_ray.trajectory_dump import DUMP_FOLDER, drop_after
 from opd_ray.types import Histogram
 
 TRAINED_FILE = "trained.jsonl"

@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from opd_ray.checkpoint import Checkpoint, latest_checkpoint
 from opd_ray.config import RunConfig
 from opd_ray.errors import CheckpointError
-from opd_ray.run_folder import CONFIG_FILE, RunFolder, run_folders
+from opd_ray.run.checkpoint import Checkpoint, latest_checkpoint
+from opd_ray.run.folder import CONFIG_FILE, RunFolder, run_folders
 
 AUTO = "auto"
 NEVER = "never"

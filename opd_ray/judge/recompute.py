@@ -12,11 +12,11 @@ from opd_ray.evaluation.grading import GradedSample, grade
 from opd_ray.evaluation.samples import SamplesHeader, read_header, read_samples, to_graded, write_samples
 from opd_ray.evaluation.scoring import EvaluationResult, sum_up
 from opd_ray.evaluation.verifier import Verification
-from opd_ray.evaluator import FOLDER
 from opd_ray.interrupts import run_interruptible
-from opd_ray.judged_model import STUDENT
+from opd_ray.judge.evaluator import FOLDER
+from opd_ray.judge.judged_model import STUDENT
 from opd_ray.report.benchmark_table import benchmark_table
-from opd_ray.run_folder import SUMMARY_FILE, RunFolder
+from opd_ray.run.folder import SUMMARY_FILE, RunFolder
 from opd_ray.telemetry.progress_line import ProgressLine
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from opd_ray.choices import PlacementStrategy
 from opd_ray.config import RunConfig
 from opd_ray.errors import ResourceError
-from opd_ray.node_fit import Demand, NodeResources, first_without_room, nodes_text
-from opd_ray.placement import ResourcePlan, plan_resources
+from opd_ray.planning.node_fit import Demand, NodeResources, first_without_room, nodes_text
+from opd_ray.planning.placement import ResourcePlan, plan_resources
 
 
 def config(*, engines: int = 1, workers: int = 1, ranks: int = 2, staleness: int = 0) -> RunConfig:

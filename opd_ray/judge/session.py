@@ -13,15 +13,15 @@ from opd_ray.actors.model_limits import ModelLimits, model_limits
 from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.config import RunConfig
 from opd_ray.errors import OpdError
-from opd_ray.evaluate_config import EvaluateConfig, engine_config, problem_sets
 from opd_ray.evaluation.grading import ProblemSet
 from opd_ray.evaluation.samples import SamplesHeader, write_samples
-from opd_ray.evaluator import Steps, judge
 from opd_ray.interrupts import end_on_sigterm, run_interruptible
-from opd_ray.judged_model import JudgedModel, Results, judged_model
-from opd_ray.placement import plan_resources
+from opd_ray.judge.evaluate_config import EvaluateConfig, engine_config, problem_sets
+from opd_ray.judge.evaluator import Steps, judge
+from opd_ray.judge.judged_model import JudgedModel, Results, judged_model
+from opd_ray.planning.placement import plan_resources
 from opd_ray.report.benchmark_table import benchmark_table
-from opd_ray.run_summary import shown
+from opd_ray.run.summary import shown
 from opd_ray.telemetry.progress_line import ProgressLine
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from opd_ray.errors import RunFolderError
-from opd_ray.run_folder import RunFolder
+from opd_ray.run.folder import RunFolder
 
 NOON = "20260131-120000"
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_ray.checkpoint import INDEX, Checkpoints, latest_checkpoint
 from opd_ray.config import RunConfig
 from opd_ray.errors import CheckpointError, RunFolderError
-from opd_ray.resume import checkpoint_to_resume
-from opd_ray.run_folder import RunFolder
+from opd_ray.run.checkpoint import INDEX, Checkpoints, latest_checkpoint
+from opd_ray.run.folder import RunFolder
+from opd_ray.run.resume import checkpoint_to_resume
 from tests.unit.fake_actors import Run, World, config, train
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from opd_ray.comparison_scores import ScoreBook, score_book
+from opd_ray.comparison.scores import ScoreBook, score_book
 from opd_ray.errors import DataError
 from opd_ray.evaluation.significance import ALPHA, holm
 from opd_ray.report import variants

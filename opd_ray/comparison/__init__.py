@@ -1,0 +1,1 @@
+"""Runs told apart by variant and condition, and scored against their bases: what the verb `compare` shows."""
