@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 from tests.integration.variants import VariantGroup
@@ -27,6 +28,18 @@ SHORT_JOB = [
     "learner.num_ranks=1",
     "data.num_prompts=8",
 ]
+
+
+@pytest.fixture(scope="session")
+def killed() -> Iterator[list[psutil.Process]]:
+    """Processes of commands that were killed, which must be gone after all tests.
+
+    Not sooner, as two agents of Ray look once a minute whether their node is still there.
+    """
+    processes: list[psutil.Process] = []
+    yield processes
+    _, alive = psutil.wait_procs(processes, timeout=90)
+    assert [process.name() for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
 @pytest.fixture(scope="session")

@@ -56,8 +56,8 @@ def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return children
 
 
-def assert_gone(processes: list[psutil.Process], within_s: float = 15.0) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=within_s)
+def assert_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=15)
     assert [" ".join(process.cmdline()) for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
@@ -178,7 +178,9 @@ def losses(folder: Path) -> dict[int, float]:
     return dict(found)
 
 
-def test_killed_and_resumed_it_is_the_unbroken_run(short_run: tuple[Path, str], tmp_path: Path) -> None:
+def test_killed_and_resumed_it_is_the_unbroken_run(
+    short_run: tuple[Path, str], tmp_path: Path, killed: list[psutil.Process]
+) -> None:
     """SIGKILL in the middle, the same command again: the same losses to the last bit, the same trajectories."""
     runs = tmp_path / "runs"
     args = [*SHORT, "evaluation.path=''", "checkpoint.every=1", f"runs_dir={runs}"]
@@ -187,7 +189,7 @@ def test_killed_and_resumed_it_is_the_unbroken_run(short_run: tuple[Path, str], 
     for line in process.stderr:
         if "step 3/" in line:
             break
-    children = descendants(process)
+    killed += descendants(process)
     process.kill()
     process.communicate(timeout=60)
     folder = run_folder(runs)
@@ -202,8 +204,6 @@ def test_killed_and_resumed_it_is_the_unbroken_run(short_run: tuple[Path, str], 
     assert (folder / "trained.jsonl").read_text() == (unbroken / "trained.jsonl").read_text()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 8 and summary["ledger"]["trained"] == 32
-    # Two agents of Ray look once a minute whether their node is still there.
-    assert_gone(children, within_s=90)
 
 
 def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:

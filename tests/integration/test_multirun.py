@@ -1,4 +1,4 @@
-"""A multirun as a user types it: several real runs in one process and one folder, one fails, killed and typed again."""
+"""A multirun as a user types it: real runs in one process and one folder, killed and typed again."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ import pytest
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
-# Three jobs: the second asks for more support ids than the vocabulary has.
 COMMAND = [
     "-m",
     "+experiment=lsm",
-    "teacher.top_k=4,45,5",
+    "teacher.top_k=4,5",
     "num_steps=4",
     "evaluation.path=''",
     "checkpoint.every=1",
@@ -60,35 +59,31 @@ def run_folders(multirun: Path) -> list[Path]:
 
 
 @pytest.mark.timeout(600)
-def test_a_multirun_that_is_killed_and_typed_again(tmp_path: Path) -> None:
+def test_a_multirun_that_is_killed_and_typed_again(tmp_path: Path, killed: list[psutil.Process]) -> None:
     runs = tmp_path / "runs"
     process = start(runs)
     seen = []
     for line in lines(process):
         seen.append(line)
-        if "job 3 of the multirun" in line:
+        if "job 2 of the multirun" in line:
             # Each job has had a Ray of its own, which is gone.
             assert num_head_nodes(process) == 0
-        if "step 2/" in line and any("job 3 of" in earlier for earlier in seen):
+        if "step 2/" in line and any("job 2 of" in earlier for earlier in seen):
             break
-    children = psutil.Process(process.pid).children(recursive=True)
+    killed += psutil.Process(process.pid).children(recursive=True)
     assert num_head_nodes(process) == 1
     process.kill()
     process.communicate(timeout=60)
-    said = "".join(seen)
-    assert "opd_ray: error: job 2 failed: teacher.top_k=45" in said
     (multirun,) = (runs / "multirun").iterdir()
-    first, third = folders = sorted(multirun.glob("lsm-*"))
-    assert (status(first), status(third)) == ("finished", "running")
+    first, second = folders = sorted(multirun.glob("lsm-*"))
+    assert (status(first), status(second)) == ("finished", "running")
     assert [path.name for path in runs.iterdir()] == ["multirun"]
-    psutil.wait_procs(children, timeout=90)
 
     process = start(runs)
     _, err = process.communicate(timeout=280)
-    assert process.returncode == 1, err
+    assert process.returncode == 0, err
     assert f"opd_ray: note: skipped, {first} is complete" in err
-    assert f"{third.name} from step" in err
-    assert err.strip().splitlines()[-1].startswith("opd_ray: error: 1 of 3 jobs failed")
+    assert f"{second.name} from step" in err
     assert sorted(multirun.glob("lsm-*")) == folders
     assert [status(folder) for folder in folders] == ["finished", "finished"]
     for folder in folders:
@@ -98,4 +93,4 @@ def test_a_multirun_that_is_killed_and_typed_again(tmp_path: Path) -> None:
     # What one run says stands in no other run's log, and each has a W&B run of its own.
     assert (first / "run.log").read_text().count("saving the student") == 1
     assert len(list(first.glob("wandb/offline-run-*"))) == 1
-    assert os.readlink(multirun / "latest") == third.name
+    assert os.readlink(multirun / "latest") == second.name

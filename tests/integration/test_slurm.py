@@ -5,6 +5,7 @@ Its two nodes are this machine twice, so that the script's way to several nodes 
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import os
@@ -155,7 +156,19 @@ def sbatch(env: dict[str, str], log: Path, *arguments: str, options: tuple[str, 
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.fixture
+def taken_dashboard_port() -> Iterator[None]:
+    """Somebody on this machine has the port that Ray's dashboard takes if it is told of none."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # Somebody really has it.
+            listener.bind(("127.0.0.1", 8265))
+            listener.listen()
+        yield
+
+
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("taken_dashboard_port")
 def test_a_slurm_job_on_two_nodes_trains_to_its_end(slurm: dict[str, str], tmp_path: Path) -> None:
     runs, log = tmp_path / "runs", tmp_path / "job.log"
     job = sbatch(slurm, log, *SHORT_JOB, f"runs_dir={runs}", options=("--nodes=2",))
