@@ -16,6 +16,7 @@ from opd_ray.report.run_figures import (
     EFFECTIVE,
     EVALUATION,
     GATE_P05,
+    KL_TO_TEACHER,
     LOSS,
     STALENESS,
 )
@@ -122,12 +123,12 @@ def _difference(condition: ConditionResult, variant: VariantResult, metric: str)
 
 
 def curve_picture(condition: ConditionResult, name: str) -> Picture:
-    """Evaluation, loss, gate, drift, effective sample and staleness over the steps, with bands over seeds."""
+    """Evaluation (or KL to the teacher), loss, gate, drift, effective sample and staleness over the steps, with bands over seeds."""
     figure = new_figure(condition.name, 11.0, 6.2 + 0.17 * len(condition.variants))
     panels = figure.subplots(2, 3).flat
     styles = _styles(condition.variants)
     shown = (
-        (EVALUATION, "avg@n on held-out problems", "", False),
+        _learning(condition.variants),
         (LOSS, "loss", "smoothed", False),
         (STALENESS, "mean staleness", "optimizer steps, smoothed", False),
         (GATE_P05, "gate of a segment, p05", "1 = open", False),
@@ -145,6 +146,14 @@ def curve_picture(condition: ConditionResult, name: str) -> Picture:
     handles = [_line(variant.name, styles[variant.name]) for variant in condition.variants]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return _picture(name, f"Curves over the steps{': ' + condition.name if condition.name else ''}", figure)
+
+
+def _learning(variants: Sequence[VariantResult]) -> tuple[str, str, str, bool]:
+    """How the student learns: its scores if it was evaluated on the way, else its distance to the teacher."""
+    curves = [variant.curves[EVALUATION] for variant in variants if EVALUATION in variant.curves]
+    if curves and all(len(curve.steps) < 2 for curve in curves):
+        return KL_TO_TEACHER, "sampled KL to the teacher", "nats a token, smoothed", False
+    return EVALUATION, "avg@n on held-out problems", "", False
 
 
 def _styles(variants: Sequence[VariantResult]) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from opd_ray.report.learning_curve import Series, read_series, smoothed
 from opd_ray.report.run_record import RunRecord
 
 EVALUATION, LOSS = "evaluation", "learner/loss/mean"
+KL_TO_TEACHER = "learner/kl_to_teacher/mean"
 GATE_P05, EFFECTIVE = "gate/value/p05", "gate/effective_sample_share"
 DRIFT_P50, DRIFT_P95 = "gate/drift_abs/measured_p50", "gate/drift_abs/measured_p95"
 STALENESS, STALENESS_MAX = "replay/staleness/mean", "replay/staleness/max"
@@ -27,8 +28,8 @@ GATE_FIGURES = (GATE_P05, EFFECTIVE, DRIFT_P50, DRIFT_P95)
 STALENESS_FIGURES = (STALENESS, STALENESS_MAX)
 COST_FIGURES = (STEPS, TRAINING_S, WALL_S, TOKENS_PER_S, LOSS_TOKENS)
 _GATED_CURVES = frozenset(GATE_FIGURES)
-_CURVES = (LOSS, *GATE_FIGURES, STALENESS)
-_SMOOTHED = frozenset((LOSS, STALENESS))
+_CURVES = (KL_TO_TEACHER, LOSS, *GATE_FIGURES, STALENESS)
+_SMOOTHED = frozenset((KL_TO_TEACHER, LOSS, STALENESS))
 """Staleness goes up and down with each visit; its level is what tells variants apart."""
 _AVG_AT = re.compile(r"evaluation/avg_at_[0-9]+")
 _MAX_POINTS = 300
