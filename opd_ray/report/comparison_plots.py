@@ -123,7 +123,7 @@ def _difference(condition: ConditionResult, variant: VariantResult, metric: str)
 
 
 def curve_picture(condition: ConditionResult, name: str) -> Picture:
-    """Evaluation (or KL to the teacher), loss, gate, drift, effective sample and staleness over the steps, with bands over seeds."""
+    """Evaluation (or KL to the teacher), loss, gate, drift, effective sample and staleness, with bands over seeds."""
     figure = new_figure(condition.name, 11.0, 6.2 + 0.17 * len(condition.variants))
     panels = figure.subplots(2, 3).flat
     styles = _styles(condition.variants)
