@@ -19,6 +19,7 @@ from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import store_config
 from opd_ray.config import RunConfig
 from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.desk import StoreDesk
 from opd_ray.replay.store import ReplayStore
 from opd_ray.types import WeightsReceipt
 
@@ -98,7 +99,7 @@ def store_in_process(cfg: RunConfig) -> TimedStore:
     """The store as an object."""
     return TimedStore(
         cfg,
-        start=lambda _: _Handle(ReplayStore(store_config(cfg))),
+        start=lambda _: _Handle(StoreDesk(ReplayStore(store_config(cfg)))),
         kill=lambda _: None,
         put=lambda payload: payload,
     )

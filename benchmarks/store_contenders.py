@@ -23,6 +23,7 @@ from opd_ray.actors.store import StoreClient
 from opd_ray.choices import LogprobDtype
 from opd_ray.config import ReplayConfig, RunConfig
 from opd_ray.planning.placement import Share
+from opd_ray.replay.cohort import SampledBatch
 from opd_ray.types import BatchReceipt, TrajectoryReceipt
 
 DEADLINE_S = 120.0
@@ -179,6 +180,7 @@ class OpdRay(Contender):
         self._producer = start_actor(StoreProducer, env, self.work, *dtypes)
         self._consumer = start_actor(StoreConsumer, env)
         self._version = 0
+        self._next: asyncio.Task[SampledBatch | None] | None = None
         await asyncio.gather(self._producer.ping.remote(), self._consumer.ping.remote())
         self._num_bytes = 0
 
@@ -216,7 +218,7 @@ class OpdRay(Contender):
 
     async def _acquire(self) -> tuple[int, ...]:
         slots = await self._store.acquire_slots(self.work.trajectories)
-        await self._store.assign(slots, [f"prompt-{row}" for row in range(len(slots))])
+        self._store.assign(slots, [f"prompt-{row}" for row in range(len(slots))])
         return slots
 
     async def _produce(self, slots: tuple[int, ...]) -> None:
@@ -226,11 +228,13 @@ class OpdRay(Contender):
         await self._store.append(receipt, payload)
 
     async def _step(self) -> Sums:
-        batch = await self._store.sample(self._version)
+        batch = await (self._next or self._store.sample(self._version))
         if batch is None:
             raise SystemExit("the store has no more batches")
         sums: Sums = await self._result(self._consumer.read.remote(batch.rows, batch.infos, *batch.refs))
         self._version += 1
         self._store.stepped(batch)
+        # Together, as the learner's loop does.
+        self._next = asyncio.create_task(self._store.sample(self._version))
         await self._store.release(batch.slots, self._version)
         return sums

@@ -25,7 +25,7 @@ from opd_ray.config import RunConfig
 from opd_ray.errors import ActorDiedError, LearnerLostError
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.run.checkpoint import LEARNER, STORE, STUDENT, Checkpoint, CheckpointDraft, Checkpoints
-from opd_ray.types import LoadReceipt
+from opd_ray.types import Histogram, LoadReceipt
 from opd_ray.workload import GroupLoad, pipeline_metrics
 
 Frontier = Callable[[], AbstractAsyncContextManager[dict[str, Any]]]
@@ -66,6 +66,7 @@ class LearnerLoop:
         self._support_alarm = False
         self._at_work = asyncio.Lock()
         self._published_version = -1
+        self._next_batch: asyncio.Task[SampledBatch | None] | None = None
         self._totals = totals
         self.policy_version = 0
 
@@ -74,26 +75,36 @@ class LearnerLoop:
 
         `frontier` stops the prompts for a checkpoint; `step_done` takes each step's batch and metrics.
         """
-        while self.policy_version < self._cfg.num_steps:
-            begun = time.monotonic()
-            batch = await self._store.sample(self.policy_version)
-            if batch is None:
-                break
-            waited = time.monotonic() - begun
-            trained, metrics = await self._train(batch)
-            if trained is None:
-                await self._give_up(batch)
-                continue
-            async with self._checkpoints.draft(self.policy_version) as draft:
-                metrics |= await self._publish_and_release(batch, trained, frontier, draft)
-                metrics["time/wait_for_batch_s"] = waited
-                step_s = time.monotonic() - begun
-                metrics["time/step_s"] = step_s
-                metrics["time/tokens_per_s"] = sum(info.num_response_tokens for info in trained.infos) / step_s
-                await step_done(trained, metrics)
-            if draft is not None:
-                self._store.snapshot_committed(draft.committed / STORE)
+        try:
+            while self.policy_version < self._cfg.num_steps and await self._turn(frontier, step_done):
+                pass
+        finally:
+            if self._next_batch is not None:
+                self._next_batch.cancel()
         await self.publish()
+
+    async def _turn(self, frontier: Frontier, step_done: StepDone) -> bool:
+        """One optimizer step; False when there is no batch for it any more."""
+        begun = time.monotonic()
+        batch = await (self._next_batch or self._store.sample(self.policy_version))
+        self._next_batch = None
+        if batch is None:
+            return False
+        waited = time.monotonic() - begun
+        trained, metrics = await self._train(batch)
+        if trained is None:
+            await self._give_up(batch)
+            return True
+        async with self._checkpoints.draft(self.policy_version) as draft:
+            metrics |= await self._publish_and_release(batch, trained, frontier, draft)
+            metrics["time/wait_for_batch_s"] = waited
+            step_s = time.monotonic() - begun
+            metrics["time/step_s"] = step_s
+            metrics["time/tokens_per_s"] = sum(info.num_response_tokens for info in trained.infos) / step_s
+            await step_done(trained, metrics)
+        if draft is not None:
+            self._store.snapshot_committed(draft.committed / STORE)
+        return True
 
     async def go_on_from(self, checkpoint: Checkpoint | None) -> None:
         """Start from a checkpoint's learner (None: from the model as it is), and give its weights to all engines.
@@ -115,11 +126,14 @@ class LearnerLoop:
         # A checkpoint may find that the rest of a cohort is lost, and then rollout goes on at once.
         if self._cfg.replay.max_staleness > 0 or visits >= self._cfg.replay.reuse or draft is not None:
             metrics |= await self.publish()
-        if draft is None:
-            await self._store.release(batch.slots, self.policy_version)
-        else:
+        if draft is not None:
             metrics["time/checkpoint_s"] = await self._release_into(draft, batch, frontier)
-        return metrics | pipeline_metrics(self._loads) | await self._batch_metrics(trained)
+        # Called together they are one message to the store, and the next batch is there when this step is written down.
+        release = self._store.release(batch.slots, self.policy_version) if draft is None else _nothing()
+        if draft is None and self.policy_version < self._cfg.num_steps:
+            self._next_batch = asyncio.create_task(self._store.sample(self.policy_version))
+        _, state, lengths = await asyncio.gather(release, self._store.state(), self._store.lengths())
+        return metrics | pipeline_metrics(self._loads) | _batch_metrics(trained, state, lengths)
 
     async def _train(self, batch: SampledBatch) -> tuple[SampledBatch | None, Metrics]:
         """One optimizer step on what of `batch` is there; what was trained on (None: all of it is lost)."""
@@ -220,16 +234,20 @@ class LearnerLoop:
                 self._cfg.telemetry.min_support_mass,
             )
 
-    async def _batch_metrics(self, batch: SampledBatch) -> Metrics:
-        staleness = [info.staleness for info in batch.infos]
-        state, lengths = await asyncio.gather(self._store.state(), self._store.lengths())
-        return {
-            "replay/staleness/max": float(max(staleness)),
-            "replay/staleness/mean": sum(staleness) / len(staleness),
-            "replay/visits/max": float(max(info.visits for info in batch.infos)),
-            "replay/age_s/max": max(info.age_s for info in batch.infos),
-            "rollout/response_tokens/mean": sum(i.num_response_tokens for i in batch.infos) / len(batch.infos),
-            **{f"replay/{name}": float(value) for name, value in state.items()},
-            # What was trained and what was dropped, by response length: a store that drops the long ones shows here.
-            **{f"replay/{name}": value for name, value in lengths.items()},
-        }
+
+async def _nothing() -> None:
+    return
+
+
+def _batch_metrics(batch: SampledBatch, state: Mapping[str, int], lengths: Mapping[str, float | Histogram]) -> Metrics:
+    staleness = [info.staleness for info in batch.infos]
+    return {
+        "replay/staleness/max": float(max(staleness)),
+        "replay/staleness/mean": sum(staleness) / len(staleness),
+        "replay/visits/max": float(max(info.visits for info in batch.infos)),
+        "replay/age_s/max": max(info.age_s for info in batch.infos),
+        "rollout/response_tokens/mean": sum(i.num_response_tokens for i in batch.infos) / len(batch.infos),
+        **{f"replay/{name}": float(value) for name, value in state.items()},
+        # What was trained and what was dropped, by response length: a store that drops the long ones shows here.
+        **{f"replay/{name}": value for name, value in lengths.items()},
+    }

@@ -71,7 +71,7 @@ class RolloutLoop:
             used, unused = slots[: len(prompts) * samples], slots[len(prompts) * samples :]
             if used:
                 request = RolloutRequest(tuple(prompts), tuple(used), samples)
-                await self._store.assign(used, [request.prompt_of(place).id for place in range(len(used))])
+                self._store.assign(used, [request.prompt_of(place).id for place in range(len(used))])
                 self._start(request)
             if unused:
                 self._has_ended = True

@@ -1,4 +1,4 @@
-"""The replay store as a Ray actor, and the driver's side of it: deadlines, and a new store where one died."""
+"""The replay store as a Ray actor, and the driver's side of it: what its calls mean, and a new store where one died."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from opd_ray.actors.placement_groups import near_driver
-from opd_ray.actors.remote_calls import remote_result, start_named
+from opd_ray.actors.remote_calls import start_named
+from opd_ray.actors.store_line import StoreLine
 from opd_ray.config import RunConfig
 from opd_ray.errors import ActorDiedError, PayloadLostError
 from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.desk import StoreDesk
 from opd_ray.replay.journal import SlotJournal
 from opd_ray.replay.spill import SpillSpace, settled
 from opd_ray.replay.staleness import StoreConfig
@@ -23,7 +25,6 @@ from opd_ray.replay.store import ReplayStore
 from opd_ray.types import BatchReceipt, Histogram
 
 NAME = "replay-store"
-_WAITING = ("acquire_slots", "sample")
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +45,20 @@ def store_config(cfg: RunConfig) -> StoreConfig:
     )
 
 
+class ReplayStoreActor(StoreDesk):
+    """The desk of a store, as a Ray actor."""
+
+    def __init__(self, config: StoreConfig, spill: SpillSpace | None) -> None:
+        super().__init__(ReplayStore(config, spill=spill))
+
+
 def start_store(cfg: RunConfig) -> Any:
     """Start the store of a run; returns its handle."""
     # References can be awaited; what comes back from a file is the store's own, so it outlives whoever made it.
     spill = SpillSpace(cfg.replay.spill_bytes, payload_bytes, ray.put) if cfg.replay.spill_bytes else None
-    store_class: Any = ray.remote(ReplayStore)
+    store_class: Any = ray.remote(ReplayStoreActor)
     options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": near_driver()}
-    return start_named(store_class, NAME, options, (store_config(cfg),), spill=spill)
+    return start_named(store_class, NAME, options, (store_config(cfg), spill))
 
 
 async def payload_bytes(ref: Any) -> Any:
@@ -66,7 +74,7 @@ class StoreClient:
 
     When the store dies, a new one goes on from the last committed snapshot and from what was written down here since
     (`replay.journal`), and the call that met the death is made again; at most `faults.max_restarts` times in a run.
-    `start` makes a store's handle, `kill` ends it, `put` makes a payload reference of a `pyarrow.Buffer`.
+    `start` makes a `StoreDesk`'s handle, `kill` ends it, `put` makes a payload reference of a `pyarrow.Buffer`.
     """
 
     def __init__(
@@ -78,13 +86,13 @@ class StoreClient:
     ) -> None:
         self._cfg = cfg
         self._start, self._kill, self._put = start, kill, put
-        self._handle = start(cfg)
+        self._line = self._connect()
         self._mending = asyncio.Lock()
         self._journal = SlotJournal()
         self._snapshot: Path | None = None
         self._uncommitted: tuple[int, int] | None = None
         self._learner_version = 0
-        self._dead: Any = None
+        self._dead: StoreLine | None = None
         self.num_restarts = 0
         # Awaited before a new store takes over: all engines must have the learner's weights then.
         self.before_going_on: Callable[[], Awaitable[None]] = _nothing_to_do
@@ -95,9 +103,9 @@ class StoreClient:
         self._journal.acquired(slots)
         return slots
 
-    async def assign(self, slots: Sequence[int], prompt_ids: Sequence[str]) -> None:
-        """Say which prompt each slot is for."""
-        await self._call("assign", slots, prompt_ids)
+    def assign(self, slots: Sequence[int], prompt_ids: Sequence[str]) -> None:
+        """Say which prompt each slot is for; the store learns of it with the next call, which comes first anyway."""
+        self._line.post("assign", slots, prompt_ids)
         self._journal.assigned(slots, prompt_ids)
 
     async def append(self, receipt: BatchReceipt, payload: Any) -> None:
@@ -190,77 +198,69 @@ class StoreClient:
 
     def start_again(self) -> None:
         """End the store, and start an empty one that knows of nothing."""
-        self._kill(self._handle)
-        self._handle = self._start(self._cfg)
+        self._kill(self._line.handle)
+        self._line = self._connect()
         self._journal = SlotJournal()
         self._snapshot = self._uncommitted = None
         self._learner_version = 0
 
     def shutdown(self) -> None:
         """End the store."""
-        self._kill(self._handle)
+        self._kill(self._line.handle)
+
+    def _connect(self) -> StoreLine:
+        return StoreLine(self._start(self._cfg), NAME, self._cfg.deadline_s)
 
     async def _call(self, method: str, *args: Any, again: Callable[[], bool] = lambda: True) -> Any:
         """A call's result; where the store died over it, that of the new store, or None if not `again`."""
         while True:
-            handle = self._handle
+            line = self._line
             try:
-                answer = await self._answer(handle, method, args)
-                if handle is self._handle and handle is not self._dead:
+                answer = await line.call(method, *args)
+                if line is self._line and line is not self._dead:
                     return answer
                 # What the dead store said last is not in the books of the new one.
                 error = ActorDiedError(f"actor {NAME} died: start again")
             except ActorDiedError as died:
                 error = died
-            await self._mend(handle, error)
+            await self._mend(line, error)
             if not again():
                 return None
 
-    async def _answer(self, handle: Any, method: str, args: Sequence[Any]) -> Any:
-        """A call's result from one store.
-
-        Those that wait for others may take as long as these, who have deadlines of their own; the store itself must
-        answer to something else meanwhile. Raises `DeadlineError`, `ActorDiedError` and what the store raises.
-        """
-        ref = getattr(handle, method).remote(*args)
-        if method not in _WAITING:
-            return await remote_result(ref, NAME, self._cfg.deadline_s)
-        answer = asyncio.ensure_future(remote_result(ref, NAME, None))
-        try:
-            while True:
-                done, _ = await asyncio.wait({answer}, timeout=self._cfg.deadline_s)
-                if done:
-                    return answer.result()
-                await remote_result(handle.state.remote(), NAME, self._cfg.deadline_s)
-        finally:
-            answer.cancel()
-
-    async def _mend(self, dead: Any, error: ActorDiedError) -> None:
+    async def _mend(self, dead: StoreLine, error: ActorDiedError) -> None:
         async with self._mending:
-            if self._handle is not dead:
+            if self._line is not dead:
                 return
             self._dead = dead
             while True:
                 self._count_restart(error)
-                handle = self._start(self._cfg)
+                line = self._connect()
                 try:
                     await self.before_going_on()
-                    death = await self._recover(handle)
+                    death = await self._recover(line)
                 except BaseException:
-                    self._kill(handle)
+                    self._kill(line.handle)
                     raise
                 if death is None:
-                    self._handle = handle
+                    self._line = line
                     return
                 error = death
 
-    async def _recover(self, handle: Any) -> ActorDiedError | None:
+    async def _recover(self, line: StoreLine) -> ActorDiedError | None:
         """Tell a new store of what went before; its death if it died over that."""
         since = self._journal.since(self._learner_version, self._learner_version)
         try:
-            await remote_result(handle.recover.remote(since, self._snapshot, self._put), NAME, self._cfg.deadline_s)
+            await line.call("recover", since, self._snapshot, self._put)
         except ActorDiedError as error:
             return error
+        # What was assigned meanwhile went to the dead store.
+        assigned = {
+            slot: prompt_id
+            for slot, prompt_id in self._journal.in_flight.items()
+            if prompt_id is not None and since.in_flight.get(slot) is None
+        }
+        if assigned:
+            line.post("assign", list(assigned), list(assigned.values()))
         return None
 
     def _count_restart(self, error: ActorDiedError) -> None:

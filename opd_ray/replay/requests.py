@@ -23,6 +23,20 @@ def require(slots: Sequence[int], where: Container[int], verb: str, state: str) 
         )
 
 
+def refuse_misfit(num_trajectories: int, trajectories_per_step: int, learner_version: int, published: int) -> None:
+    """Raise `StoreError` when a sample is not one cohort, or its learner is behind what is published."""
+    if num_trajectories != trajectories_per_step:
+        raise StoreError(
+            f"{num_trajectories} trajectories were asked for and a cohort has {trajectories_per_step}: ask for "
+            "trajectories_per_step"
+        )
+    if learner_version < published:
+        raise StoreError(
+            f"the learner asks at version {learner_version} and version {published} is published: "
+            "restore learner and store from the same checkpoint"
+        )
+
+
 def refuse_older(policy_version: int, published: int) -> None:
     """Raise `StoreError` when versions go back."""
     if policy_version < published:

@@ -24,11 +24,9 @@ class Schedule:
         self.version = version
         self.next_version = max(self.next_version, version + self.visits_left)
 
-    def anchor(self, learner_version: int) -> bool:
-        """The learner asks for a new cohort at `learner_version`; whether that was not planned."""
-        moved = self.next_version != learner_version
+    def anchor(self, learner_version: int) -> None:
+        """The learner asks for a new cohort at `learner_version`."""
         self.next_version = learner_version
-        return moved
 
     def visit(self, learner_version: int) -> None:
         """The running cohort is visited at `learner_version`."""

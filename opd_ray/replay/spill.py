@@ -46,9 +46,13 @@ class SpillSpace:
     folder: Path | None = None
     is_busy: bool = False
 
+    def is_needed(self, parts: StoreParts) -> bool:
+        """Whether payloads have more memory than they may, and nobody moves them yet."""
+        return not self.is_busy and parts.shelf.memory_bytes > self.max_memory_bytes
+
     async def relieve(self, parts: StoreParts) -> None:
         """Spill what was stored last, and is not drafted, until the rest fits; raises `StoreError` on a full disk."""
-        if self.is_busy or parts.shelf.memory_bytes <= self.max_memory_bytes:
+        if not self.is_needed(parts):
             return
         self.is_busy = True
         try:

@@ -1,17 +1,17 @@
 """The replay store: who may roll out, what is ready, which trajectories train next, and what became of each.
 
-A plain class on one event loop: `ray.remote(ReplayStore)` makes it an async actor, ``asyncio.run`` tests it. It keeps
-payload references of any type and never looks inside. `staleness` explains the protocol and proves its bound.
+A plain class without Ray: `desk` takes calls to it, `actors.store` makes both an actor. It keeps payload references of
+any type and never looks inside. `staleness` explains the protocol and proves its bound.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import ChainMap
 from collections.abc import Callable, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from opd_ray.errors import PayloadLostError, StoreClosedError, StoreError
 from opd_ray.replay.admission import num_in_budget
@@ -19,7 +19,7 @@ from opd_ray.replay.cohort import SampledBatch, StoredTrajectory, collect
 from opd_ray.replay.lost import PAYLOAD_LOST, in_same_payloads, unavailable
 from opd_ray.replay.parts import StoreParts
 from opd_ray.replay.recovery import SinceSnapshot, needed_payloads, reconcile
-from opd_ray.replay.requests import refuse_older, refuse_repeated, refuse_used, require
+from opd_ray.replay.requests import refuse_misfit, refuse_older, refuse_repeated, refuse_used, require
 from opd_ray.replay.sampling import next_cohort
 from opd_ray.replay.snapshot import capture, rebuild
 from opd_ray.replay.snapshot_files import read_index, read_payloads, write_image
@@ -31,8 +31,17 @@ STALE = "stale"
 DRAINED = "drained"
 
 
+class NotYet(Enum):
+    """The answer of a call that would have to wait."""
+
+    NOT_YET = "not yet"
+
+
+NOT_YET = NotYet.NOT_YET
+
+
 class ReplayStore:
-    """Slots, ready trajectories, the running cohort and the ledger; only `acquire_slots` and `sample` wait for others.
+    """Slots, ready trajectories, the running cohort and the ledger; `desk.StoreDesk` keeps who must wait.
 
     `version` is the policy version that all engines have at the start; `clock` gives seconds; `spill` is where payloads
     go that memory has no room for (None: nowhere).
@@ -50,12 +59,10 @@ class ReplayStore:
         self._clock = clock
         self._parts = StoreParts.fresh(config, version)
         self._drained = False
-        self._sampling = False
         self._closed = False
-        self._change = asyncio.Event()
 
-    async def acquire_slots(self, num_slots: int) -> tuple[int, ...]:
-        """Wait for room, then return `num_slots` new slot numbers, in ascending order.
+    def acquire_now(self, num_slots: int) -> tuple[int, ...]:
+        """Return `num_slots` new slot numbers, in ascending order; none while there is no room.
 
         Fewer are returned (at least one) when fewer are missing: failures and evictions leave gaps smaller
         than a group, and waiting for a whole group's room would wait forever. Without them, and with groups
@@ -64,17 +71,24 @@ class ReplayStore:
         """
         if num_slots < 1:
             raise StoreError(f"{num_slots} slots were asked for: ask for at least 1")
-        while True:
-            if self._spill is not None:
-                await self._spill.relieve(self._parts)
-            self._refuse_if_closed()
-            if self._parts.data_ended:
-                raise StoreClosedError("the data have ended: acquire no slot after end_of_data()")
-            count = min(num_slots, self._num_acquirable(num_slots))
-            if count > 0:
-                self._parts.ledger.start(count)
-                return self._parts.queue.give(count)
-            await self._change.wait()
+        self._refuse_if_closed()
+        if self._parts.data_ended:
+            raise StoreClosedError("the data have ended: acquire no slot after end_of_data()")
+        count = min(num_slots, self._num_acquirable(num_slots))
+        if count < 1:
+            return ()
+        self._parts.ledger.start(count)
+        return self._parts.queue.give(count)
+
+    @property
+    def wants_relief(self) -> bool:
+        """Whether payloads have more memory than they may, and nobody moves them to files yet: call `relieve`."""
+        return self._spill is not None and self._spill.is_needed(self._parts)
+
+    async def relieve(self) -> None:
+        """Move payloads to files until the rest fits into memory; raises `StoreError` on a full disk."""
+        if self._spill is not None:
+            await self._spill.relieve(self._parts)
 
     def assign(self, slots: Sequence[int], prompt_ids: Sequence[str]) -> None:
         """Say which prompt each slot in flight is for, so that it can be started again after a crash (`pending`)."""
@@ -108,46 +122,28 @@ class ReplayStore:
         self._parts.ledger.store(len(slots))
         if self._drained:
             self._parts.evict_ready(slots, DRAINED)
-        self._changed()
 
-    async def sample(self, num_trajectories: int, learner_version: int) -> SampledBatch | None:
-        """Wait for the batch of the optimizer step that starts from `learner_version`, and count its visit.
+    def sample_now(self, num_trajectories: int, learner_version: int) -> SampledBatch | None | Literal[NotYet.NOT_YET]:
+        """The batch of the optimizer step that starts from `learner_version`, with its visit counted.
 
         The running cohort again while it has visits left (smaller if members were evicted), else the next
         one, once `num_trajectories` slots are ready: with ``stale=wait`` the oldest, else as `order` says. None
         when the data have ended and no cohort can be filled any more; the leftovers are evicted as ``drained``.
-        Raises `StoreError` when the request does not fit the protocol, `StaleBatchError` when a trajectory would
-        be used above its bound, `StoreClosedError` when closed.
+        `NOT_YET` while neither is so. Raises `StoreError` when the request does not fit the protocol, `StaleBatchError`
+        when a trajectory would be used above its bound, `StoreClosedError` when closed.
         """
-        if num_trajectories != self._config.trajectories_per_step:
-            raise StoreError(
-                f"{num_trajectories} trajectories were asked for and a cohort has "
-                f"{self._config.trajectories_per_step}: ask for trajectories_per_step"
-            )
-        published = self._parts.schedule.version
-        if learner_version < published:
-            raise StoreError(
-                f"the learner asks at version {learner_version} and version {published} is published: "
-                "restore learner and store from the same checkpoint"
-            )
-        if self._sampling:
-            raise StoreError("a batch was asked for while another request waits: the learner samples once a step")
-        self._sampling = True
-        try:
-            while not self._drained:
-                self._refuse_if_closed()
-                if self._parts.schedule.visits_left == 0:
-                    if self._parts.schedule.anchor(learner_version):
-                        self._changed()
-                    self._sweep(learner_version)
-                    self._form_cohort(learner_version)
-                if self._parts.schedule.visits_left > 0:
-                    return self._visit(learner_version)
-                if not self._drained:
-                    await self._change.wait()
+        expected, published = self._config.trajectories_per_step, self._parts.schedule.version
+        refuse_misfit(num_trajectories, expected, learner_version, published)
+        if self._drained:
             return None
-        finally:
-            self._sampling = False
+        self._refuse_if_closed()
+        if self._parts.schedule.visits_left == 0:
+            self._parts.schedule.anchor(learner_version)
+            self._sweep(learner_version)
+            self._form_cohort(learner_version)
+        if self._parts.schedule.visits_left > 0:
+            return self._visit(learner_version)
+        return None if self._drained else NOT_YET
 
     def release(self, slots: Sequence[int], policy_version: int) -> None:
         """The step on `slots` is done, `policy_version` published: retire those that had all their visits.
@@ -165,7 +161,6 @@ class ReplayStore:
         """All engines have confirmed `policy_version`; raises `StoreError` when versions go back."""
         refuse_older(policy_version, self._parts.schedule.version)
         self._parts.schedule.publish(policy_version)
-        self._changed()
 
     def fail(self, slots: Sequence[int], reason: str) -> None:
         """Slots in flight ended without a trajectory; raises `LedgerError` if one is not in flight."""
@@ -173,7 +168,6 @@ class ReplayStore:
         for slot in slots:
             del self._parts.queue.in_flight[slot]
         self._parts.ledger.fail(len(slots), reason)
-        self._changed()
 
     def evict(self, slots: Sequence[int], reason: str) -> None:
         """Drop stored trajectories, the learner's too; raises `LedgerError` if one is not in the store."""
@@ -183,16 +177,14 @@ class ReplayStore:
         self._parts.evict(self._parts.drafted.take_away(slots), reason)
         if self._parts.schedule.visits_left > 0 and not self._parts.drafted.running:
             self._parts.schedule.give_up_visits()
-        self._changed()
 
     def lose(self, slots: Sequence[int]) -> None:
         """Evict what lies in the payloads of `slots`, which are gone with a node; what is not here is passed over."""
         self.evict(in_same_payloads(self._parts, slots), PAYLOAD_LOST)
 
     def end_of_data(self) -> None:
-        """No slot will be acquired any more: `sample` drains what is left and then returns None."""
+        """No slot will be acquired any more: `sample_now` drains what is left and then returns None."""
         self._parts.data_ended = True
-        self._changed()
 
     async def snapshot(self, folder: Path, fetch: Callable[[Any], Any]) -> int:
         """Write the store of this instant as `folder`; returns how many slots it knows (`SlotJournal.snapshot_taken`).
@@ -246,9 +238,8 @@ class ReplayStore:
         self._begin(parts)
 
     def close(self) -> None:
-        """End all waiting and later `acquire_slots` and `sample` calls with `StoreClosedError`."""
+        """Refuse slots and batches from now on with `StoreClosedError`."""
         self._closed = True
-        self._changed()
 
     def ledger(self) -> dict[str, int]:
         """The books (`Ledger.as_dict`), compared with what is here; raises `LedgerError` if they differ."""
@@ -269,7 +260,6 @@ class ReplayStore:
     def _begin(self, parts: StoreParts) -> None:
         refuse_used(self._parts.ledger.started)
         self._parts = parts
-        self._changed()
 
     def _num_acquirable(self, wanted: int) -> int:
         schedule = self._parts.schedule
@@ -281,7 +271,6 @@ class ReplayStore:
         stale = self._parts.queue.older_than(learner_version - self._config.sweep_bound)
         if stale:
             self._parts.evict_ready(stale, STALE)
-            self._changed()
 
     def _form_cohort(self, learner_version: int) -> None:
         """Draft the next cohort if it is ready; drain if the data have ended and it cannot be filled."""
@@ -302,14 +291,8 @@ class ReplayStore:
         for member in members:
             member.num_visits += 1
         self._parts.schedule.visit(learner_version)
-        self._changed()
         return collect(members, self._parts.shelf, infos)
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
             raise StoreClosedError("the replay store is closed, the run is ending: ask it for nothing more")
-
-    def _changed(self) -> None:
-        """Wake everyone who waits; each looks again for itself, in the order of waiting."""
-        self._change.set()
-        self._change = asyncio.Event()

@@ -33,7 +33,7 @@ def killer(kind: str, steps: list[SampledBatch]) -> tuple[Hook, Hook]:
         actors = {
             "rollout": groups.rollout.workers,
             "teacher": groups.teacher.workers,
-            "store": [groups.store._handle],
+            "store": [groups.store._line.handle],
             "learner": groups.learner.workers[-1:],
         }[kind]
         found.append(await process_of(actors[0]))

@@ -26,6 +26,7 @@ from opd_ray.controller import Controller, Groups, Outputs
 from opd_ray.data.source import PromptSource
 from opd_ray.errors import ActorDiedError, ActorError, PayloadLostError
 from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.desk import StoreDesk
 from opd_ray.replay.store import ReplayStore
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints
 from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
@@ -106,13 +107,13 @@ class Handle:
                     await asyncio.wait({work, death}, return_when=asyncio.FIRST_COMPLETED)
                     if work.done():
                         return work.result()
-                    # A process that is killed does not write on, not even in its threads.
-                    work.cancel()
-                    await asyncio.wait({work})
-                    await asyncio.to_thread(int)
                 finally:
-                    work.cancel()
+                    # A process that is killed does not write on, not even in its threads; one whose caller is gone is.
                     death.cancel()
+                    if not work.done():
+                        work.cancel()
+                        await asyncio.wait({work})
+                        await asyncio.to_thread(int)
             raise ActorDiedError(f"actor {self._name} died (killed): start again")
 
         return Method(mortal)
@@ -313,7 +314,7 @@ class Run:
 
     def _start_store(self, cfg: RunConfig) -> Handle:
         self.stores.append(ReplayStore(store_config(cfg)))
-        self.handles.append(Handle(self.stores[-1], "replay-store"))
+        self.handles.append(Handle(StoreDesk(self.stores[-1]), "replay-store"))
         return self.handles[-1]
 
     def _step_done(self, step: int, batch: SampledBatch, metrics: Mapping[str, Any]) -> None:

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.store import NOT_YET, ReplayStore
 from opd_ray.types import BatchReceipt, TrajectoryReceipt
 
 Result = TypeVar("Result")
@@ -38,6 +40,22 @@ def receipt(slots: tuple[int, ...] | list[int], versions: dict[int, int] | int =
         busy_s=0.1,
         num_bytes=100 * len(slots),
     )
+
+
+class WaitingStore(ReplayStore):
+    """The store with its two calls that wait, which look again at each turn of the event loop."""
+
+    async def acquire_slots(self, num_slots: int) -> tuple[int, ...]:
+        await self.relieve()
+        while not (slots := self.acquire_now(num_slots)):
+            await asyncio.sleep(0)
+            await self.relieve()
+        return slots
+
+    async def sample(self, num_trajectories: int, learner_version: int) -> SampledBatch | None:
+        while (batch := self.sample_now(num_trajectories, learner_version)) is NOT_YET:
+            await asyncio.sleep(0)
+        return batch
 
 
 class WaitsError(Exception):

@@ -20,8 +20,7 @@ from opd_ray.choices import ReplayOrder, StalePolicy
 from opd_ray.replay.journal import SlotJournal
 from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig
-from opd_ray.replay.store import ReplayStore
-from tests.unit.replay.store_driver import Payload, WaitsError, at_once, receipt
+from tests.unit.replay.store_driver import Payload, WaitingStore, WaitsError, at_once, receipt
 
 MODES = [(StalePolicy.wait, ReplayOrder.fifo), (StalePolicy.wait, ReplayOrder.fifo)] + [
     (stale, order) for stale in (StalePolicy.drop, StalePolicy.gate) for order in ReplayOrder
@@ -110,9 +109,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.fate: dict[int, str] = {}  # of slots that ended
         self.came_back = False  # a row that had been evicted
 
-    def new_store(self) -> ReplayStore:
+    def new_store(self) -> WaitingStore:
         self.spill = None if self.memory is None else SpillSpace(self.memory, lambda payload: payload.data, self.put)
-        return ReplayStore(self.config, spill=self.spill)
+        return WaitingStore(self.config, spill=self.spill)
 
     def put(self, data: Any) -> Payload:
         payload = Payload(bytes(data))

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from opd_ray.replay.admission import Load, PayloadSize, num_in_budget
 from opd_ray.replay.staleness import StoreConfig
-from opd_ray.replay.store import ReplayStore
-from tests.unit.replay.store_driver import WaitsError, at_once, receipt
+from tests.unit.replay.store_driver import WaitingStore, WaitsError, at_once, receipt
 
 SEEN = PayloadSize(window=100, mean_bytes=10.0, num_seen=5)
 
@@ -77,7 +76,7 @@ def test_the_budget_holds_apart_from_the_next_cohort(
 def test_when_the_learner_lags_generation_waits_for_bytes() -> None:
     async def scenario() -> None:
         # Payloads have 100 bytes a trajectory.
-        store = ReplayStore(StoreConfig(2, max_staleness=9, max_bytes=450))
+        store = WaitingStore(StoreConfig(2, max_staleness=9, max_bytes=450))
         assert await at_once(store.acquire_slots(2)) == (0, 1)
         with pytest.raises(WaitsError):  # nothing is known yet
             await at_once(store.acquire_slots(2))
@@ -97,7 +96,7 @@ def test_when_the_learner_lags_generation_waits_for_bytes() -> None:
 
 def test_a_budget_below_one_cohort_is_lock_step() -> None:
     async def scenario() -> None:
-        store = ReplayStore(StoreConfig(2, max_staleness=9, max_bytes=1))
+        store = WaitingStore(StoreConfig(2, max_staleness=9, max_bytes=1))
         for version in range(4):
             slots = await at_once(store.acquire_slots(9))
             assert len(slots) == 2

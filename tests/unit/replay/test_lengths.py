@@ -10,10 +10,9 @@ import pytest
 from opd_ray.choices import StalePolicy
 from opd_ray.replay.lengths import EDGES, LengthReport
 from opd_ray.replay.staleness import StoreConfig
-from opd_ray.replay.store import ReplayStore
 from opd_ray.telemetry.metrics import checked_metrics
 from opd_ray.types import Histogram
-from tests.unit.replay.store_driver import at_once, receipt
+from tests.unit.replay.store_driver import WaitingStore, at_once, receipt
 
 
 def counts(metrics: dict[str, float | Histogram], name: str) -> dict[float, float]:
@@ -50,7 +49,7 @@ def test_a_report_is_a_metric_and_comes_back_as_it_was() -> None:
 
 def test_the_store_counts_what_trained_and_what_was_dropped() -> None:
     async def scenario() -> None:
-        store = ReplayStore(StoreConfig(2, reuse=2, max_staleness=1, stale=StalePolicy.drop))
+        store = WaitingStore(StoreConfig(2, reuse=2, max_staleness=1, stale=StalePolicy.drop))
         await at_once(store.acquire_slots(2))
         store.append(receipt([0, 1]), ["a"])  # 10 and 11 tokens
         for version in (0, 1):

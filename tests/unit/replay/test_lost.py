@@ -10,9 +10,8 @@ from opd_ray.errors import PayloadLostError
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig
-from opd_ray.replay.store import ReplayStore
 from opd_ray.types import SampleInfo
-from tests.unit.replay.store_driver import Payload, at_once, receipt
+from tests.unit.replay.store_driver import Payload, WaitingStore, at_once, receipt
 
 LOST = b"lost"
 
@@ -28,9 +27,9 @@ def payload_of(data: Any) -> Payload:
     return Payload(bytes(data))
 
 
-async def filled(config: StoreConfig, payloads: list[bytes], spill: SpillSpace | None = None) -> ReplayStore:
+async def filled(config: StoreConfig, payloads: list[bytes], spill: SpillSpace | None = None) -> WaitingStore:
     """A store with two trajectories in each payload."""
-    store = ReplayStore(config, spill=spill)
+    store = WaitingStore(config, spill=spill)
     for data in payloads:
         slots = await at_once(store.acquire_slots(2))
         store.append(receipt(slots), [Payload(data)])
@@ -74,7 +73,7 @@ def test_a_snapshot_is_of_the_store_without_what_is_lost(tmp_path: Path) -> None
         store = await filled(config, [b"a", LOST, b"c"])
         await store.snapshot(tmp_path / "shot", fetch)
         assert store.ledger()["evicted/payload_lost"] == 2
-        restored = ReplayStore(config)
+        restored = WaitingStore(config)
         await restored.restore(tmp_path / "shot", payload_of)
         assert restored.ledger() == store.ledger()
         slots = []

@@ -15,8 +15,7 @@ from opd_ray.replay.journal import SlotJournal
 from opd_ray.replay.recovery import SinceSnapshot
 from opd_ray.replay.spill import as_is
 from opd_ray.replay.staleness import StoreConfig
-from opd_ray.replay.store import ReplayStore
-from tests.unit.replay.store_driver import at_once, receipt
+from tests.unit.replay.store_driver import WaitingStore, at_once, receipt
 
 
 def text(data: Any) -> bytes:
@@ -25,8 +24,8 @@ def text(data: Any) -> bytes:
 
 async def recovered(
     config: StoreConfig, journal: SlotJournal, versions: tuple[int, int], folder: Path | None
-) -> ReplayStore:
-    store = ReplayStore(config)
+) -> WaitingStore:
+    store = WaitingStore(config)
     since = pickle.loads(pickle.dumps(journal.since(*versions)))  # as it goes to an actor
     await store.recover(since, folder, text)
     return store
@@ -64,7 +63,7 @@ def test_without_a_snapshot_what_was_stored_is_lost_and_counted() -> None:
 def test_from_a_snapshot_untouched_rows_stay_and_the_running_cohort_is_given_up(tmp_path: Path) -> None:
     async def scenario() -> None:
         config = StoreConfig(2, reuse=2, max_staleness=9)
-        store, journal = ReplayStore(config), SlotJournal()
+        store, journal = WaitingStore(config), SlotJournal()
         journal.acquired(await at_once(store.acquire_slots(8)))
         store.append(receipt([*range(6)]), [b"first"])
         journal.landed(range(6))
@@ -94,7 +93,7 @@ def test_from_a_snapshot_untouched_rows_stay_and_the_running_cohort_is_given_up(
 def test_a_cohort_between_its_visits_goes_on_if_the_learner_did_not(tmp_path: Path) -> None:
     async def scenario() -> None:
         config = StoreConfig(2, reuse=2)
-        store, journal = ReplayStore(config), SlotJournal()
+        store, journal = WaitingStore(config), SlotJournal()
         journal.acquired(await at_once(store.acquire_slots(2)))
         store.append(receipt([0, 1]), [b"a"])
         journal.landed([0, 1])
@@ -133,7 +132,7 @@ def test_the_learners_release_of_a_lost_batch_is_passed_over_once() -> None:
 def test_only_payloads_that_are_needed_are_read(tmp_path: Path) -> None:
     async def scenario() -> None:
         config = StoreConfig(1, max_staleness=3)
-        store, journal = ReplayStore(config), SlotJournal()
+        store, journal = WaitingStore(config), SlotJournal()
         journal.acquired(await at_once(store.acquire_slots(2)))
         for slot in range(2):
             store.append(receipt([slot]), [b"%d" % slot])
@@ -142,7 +141,7 @@ def test_only_payloads_that_are_needed_are_read(tmp_path: Path) -> None:
         journal.sampled((0,))
         journal.stepped((0,), is_last_visit=True)
         put: list[bytes] = []
-        store = ReplayStore(config)
+        store = WaitingStore(config)
         await store.recover(journal.since(0, 1), tmp_path / "snapshot", lambda data: put.append(bytes(data)))
         assert put == [b"1"]
         assert store.state()["payloads"] == 1 and store.ledger()["trained"] == 1
@@ -153,7 +152,7 @@ def test_only_payloads_that_are_needed_are_read(tmp_path: Path) -> None:
 def test_a_row_that_failed_after_its_append_was_not_answered_stays_failed(tmp_path: Path) -> None:
     async def scenario() -> None:
         config, journal = StoreConfig(2, max_staleness=3), SlotJournal()
-        store = ReplayStore(config)
+        store = WaitingStore(config)
         journal.acquired(await at_once(store.acquire_slots(2)))
         mark = journal.mark()
         store.append(receipt([0, 1]), [b"a"])  # the store dies over it, after a snapshot
@@ -242,7 +241,7 @@ def test_a_journal_refuses_what_cannot_be() -> None:
 )
 def test_a_report_that_cannot_be_is_refused(since: SinceSnapshot, error: type[Exception], message: str) -> None:
     async def scenario() -> None:
-        store = ReplayStore(StoreConfig(2))
+        store = WaitingStore(StoreConfig(2))
         with pytest.raises(error, match=message):
             await store.recover(since)
         assert await at_once(store.acquire_slots(2)) == (0, 1)

@@ -17,8 +17,7 @@ from opd_ray.replay.cohort import StoredTrajectory
 from opd_ray.replay.queue import SlotQueue
 from opd_ray.replay.sampling import next_cohort, sampling_key
 from opd_ray.replay.staleness import StoreConfig
-from opd_ray.replay.store import ReplayStore
-from tests.unit.replay.store_driver import WaitsError, at_once, receipt
+from tests.unit.replay.store_driver import WaitingStore, WaitsError, at_once, receipt
 
 FIFO, FRESHEST, WEIGHTED = ReplayOrder.fifo, ReplayOrder.freshest, ReplayOrder.weighted
 WAIT, DROP, GATE = StalePolicy.wait, StalePolicy.drop, StalePolicy.gate
@@ -96,7 +95,7 @@ def test_every_cohort_is_a_new_draw_and_every_seed_another() -> None:
 
 async def first_visit(config: StoreConfig, token_version: int, learner_version: int) -> int | None:
     """Staleness at the first visit of one trajectory; None if it was dropped as stale."""
-    store = ReplayStore(config)
+    store = WaitingStore(config)
     (slot,) = await at_once(store.acquire_slots(1))
     store.append(receipt([slot], token_version), ["payload"])
     try:
@@ -133,7 +132,7 @@ def test_the_bound_of_the_first_visit(
 @pytest.mark.parametrize(("stale", "hard", "bound"), [(DROP, 0, 1), (GATE, 4, 4)])
 def test_each_further_visit_may_be_one_older_and_no_more(stale: StalePolicy, hard: int, bound: int) -> None:
     async def second_visit(version: int) -> int:
-        store = ReplayStore(StoreConfig(1, 2, 1, stale=stale, hard_staleness=hard))
+        store = WaitingStore(StoreConfig(1, 2, 1, stale=stale, hard_staleness=hard))
         await at_once(store.acquire_slots(1))
         store.append(receipt([0]), ["payload"])
         assert await at_once(store.sample(1, bound)) is not None
@@ -148,7 +147,7 @@ def test_each_further_visit_may_be_one_older_and_no_more(stale: StalePolicy, har
 
 def test_a_slow_one_is_overtaken_and_then_dropped_or_kept() -> None:
     async def scenario(config: StoreConfig) -> tuple[list[tuple[int, ...]], int]:
-        store = ReplayStore(config)
+        store = WaitingStore(config)
         assert await at_once(store.acquire_slots(4)) == (0, 1, 2, 3)
         store.append(receipt([1, 2, 3]), ["a"])
         batches = []

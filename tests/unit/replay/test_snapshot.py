@@ -17,9 +17,8 @@ from opd_ray.replay.codec import decode
 from opd_ray.replay.schema import BatchSpec
 from opd_ray.replay.snapshot_files import INDEX
 from opd_ray.replay.staleness import StoreConfig
-from opd_ray.replay.store import ReplayStore
 from tests.unit.replay.batches import FINGERPRINT, scored_buffer
-from tests.unit.replay.store_driver import at_once, receipt
+from tests.unit.replay.store_driver import WaitingStore, at_once, receipt
 
 MODES = [
     StoreConfig(2, 2, 4),
@@ -38,17 +37,17 @@ def text(data: pa.Buffer) -> bytes:
     return bytes(data)
 
 
-async def crashed(store: ReplayStore, config: StoreConfig, folder: Path) -> ReplayStore:
+async def crashed(store: WaitingStore, config: StoreConfig, folder: Path) -> WaitingStore:
     """Another store, from what `store` left on disk."""
     await store.snapshot(folder, identity)
-    restored = ReplayStore(config)
+    restored = WaitingStore(config)
     await restored.restore(folder, text)
     return restored
 
 
 async def history(config: StoreConfig, folder: Path, crash_at: set[int]) -> list[Any]:
     """What a run of 8 steps saw, with a crash after some of them; two slots are always slow."""
-    store = ReplayStore(config)
+    store = WaitingStore(config)
     seen: list[Any] = []
     for version in range(8):
         slots = await at_once(store.acquire_slots(99)) if store.state()["acquirable"] else ()
@@ -80,7 +79,7 @@ def test_a_run_with_crashes_sees_what_an_unbroken_one_sees(config: StoreConfig, 
 @pytest.mark.parametrize("config", [MODES[0], MODES[4]])
 def test_slots_in_flight_come_back_under_their_numbers(config: StoreConfig, tmp_path: Path) -> None:
     async def scenario() -> None:
-        store = ReplayStore(config)
+        store = WaitingStore(config)
         slots = await at_once(store.acquire_slots(4))
         store.assign(slots[:-1], [f"prompt-{slot}" for slot in slots[:-1]])
         store.append(receipt([slots[0]]), [b"a"])
@@ -102,7 +101,7 @@ def test_slots_in_flight_come_back_under_their_numbers(config: StoreConfig, tmp_
 def test_visits_that_were_not_released_are_made_again(tmp_path: Path) -> None:
     async def scenario() -> None:
         config = StoreConfig(2, reuse=2, max_staleness=4)
-        store = ReplayStore(config)
+        store = WaitingStore(config)
         await at_once(store.acquire_slots(6))
         store.append(receipt([0, 1, 2, 3]), [b"a"])
         batches = [await at_once(store.sample(2, version)) for version in range(3)]
@@ -126,7 +125,7 @@ def test_visits_that_were_not_released_are_made_again(tmp_path: Path) -> None:
 def test_a_running_cohort_that_is_evicted_after_a_restart_frees_its_visits(tmp_path: Path) -> None:
     async def scenario() -> None:
         config = StoreConfig(2, reuse=3)
-        store = ReplayStore(config)
+        store = WaitingStore(config)
         store.append(receipt(await at_once(store.acquire_slots(2))), [b"a"])
         batch = await at_once(store.sample(2, 0))
         assert batch is not None
@@ -148,13 +147,13 @@ def test_payloads_are_arrow_streams_and_ages_go_on(tmp_path: Path) -> None:
     async def scenario() -> None:
         config, spec = StoreConfig(2), BatchSpec(FINGERPRINT, top_k=4)
         buffer = scored_buffer([5, 6], spec)
-        store = ReplayStore(config, clock=lambda: 100.0)
+        store = WaitingStore(config, clock=lambda: 100.0)
         await at_once(store.acquire_slots(2))
         store.append(receipt([0, 1]), [buffer])
         await store.snapshot(tmp_path / "snapshot", fetch)
         with pa.memory_map(str(tmp_path / "snapshot" / "payload-000000.arrows")) as file:
             assert decode(file.read_buffer(), expected=spec).num_rows == 2
-        restored = ReplayStore(config, clock=lambda: 7.0)
+        restored = WaitingStore(config, clock=lambda: 7.0)
         await restored.restore(tmp_path / "snapshot", identity)
         batch = await at_once(restored.sample(2, 0))
         assert batch is not None
@@ -166,7 +165,7 @@ def test_payloads_are_arrow_streams_and_ages_go_on(tmp_path: Path) -> None:
 
 def test_a_snapshot_is_of_one_instant_though_the_store_goes_on(tmp_path: Path) -> None:
     async def scenario() -> None:
-        store = ReplayStore(StoreConfig(2, max_staleness=1))
+        store = WaitingStore(StoreConfig(2, max_staleness=1))
         await at_once(store.acquire_slots(4))
         store.append(receipt([0, 1]), [b"a"])
         books = store.ledger()
@@ -176,7 +175,7 @@ def test_a_snapshot_is_of_one_instant_though_the_store_goes_on(tmp_path: Path) -
             return ref
 
         await store.snapshot(tmp_path / "snapshot", fetch)
-        restored = ReplayStore(StoreConfig(2, max_staleness=1))
+        restored = WaitingStore(StoreConfig(2, max_staleness=1))
         await restored.restore(tmp_path / "snapshot", text)
         assert restored.ledger() == books and list(restored.pending()) == [2, 3]
 
@@ -184,7 +183,7 @@ def test_a_snapshot_is_of_one_instant_though_the_store_goes_on(tmp_path: Path) -
 
 
 async def written(folder: Path) -> None:
-    store = ReplayStore(StoreConfig(2, max_staleness=1))
+    store = WaitingStore(StoreConfig(2, max_staleness=1))
     await at_once(store.acquire_slots(4))
     store.append(receipt([0, 1]), [b"some bytes"])
     await store.snapshot(folder, identity)
@@ -212,7 +211,7 @@ def test_damaged_snapshots_end_in_one_line(message: str, tmp_path: Path) -> None
     async def scenario() -> None:
         await written(tmp_path / "snapshot")
         DAMAGES[message](tmp_path / "snapshot")
-        store = ReplayStore(StoreConfig(2, max_staleness=1))
+        store = WaitingStore(StoreConfig(2, max_staleness=1))
         with pytest.raises(SnapshotError, match=message) as caught:
             await store.restore(tmp_path / "snapshot", text)
         assert "\n" not in str(caught.value)
@@ -226,10 +225,10 @@ def test_foreign_snapshots_and_used_stores_are_refused(tmp_path: Path) -> None:
         folder = tmp_path / "snapshot"
         await written(folder)
         with pytest.raises(SnapshotError, match="trajectories_per_step = 2 and the run 3"):
-            await ReplayStore(StoreConfig(3)).restore(folder, text)
+            await WaitingStore(StoreConfig(3)).restore(folder, text)
         with pytest.raises(SnapshotError, match="reuse = 1 and the run 2"):
-            await ReplayStore(StoreConfig(2, reuse=2)).restore(folder, text)
-        used = ReplayStore(StoreConfig(2))
+            await WaitingStore(StoreConfig(2, reuse=2)).restore(folder, text)
+        used = WaitingStore(StoreConfig(2))
         await at_once(used.acquire_slots(1))
         with pytest.raises(StoreError, match="was in use"):
             await used.restore(folder, text)
@@ -246,14 +245,14 @@ def test_a_snapshot_of_another_format_is_refused(tmp_path: Path) -> None:
         checksum = hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
         (folder / INDEX).write_text(json.dumps({"checksum": checksum, "index": index}))
         with pytest.raises(SnapshotError, match="another format than 1"):
-            await ReplayStore(StoreConfig(2)).restore(folder, text)
+            await WaitingStore(StoreConfig(2)).restore(folder, text)
 
     asyncio.run(scenario())
 
 
 def test_releases_out_of_order_cannot_be_told_from_a_snapshot(tmp_path: Path) -> None:
     async def scenario() -> None:
-        store = ReplayStore(StoreConfig(1, reuse=3, max_staleness=9))
+        store = WaitingStore(StoreConfig(1, reuse=3, max_staleness=9))
         await at_once(store.acquire_slots(2))
         store.append(receipt([0, 1]), [b"a"])
         batches = [await at_once(store.sample(1, version)) for version in range(4)]
@@ -270,7 +269,7 @@ def test_a_snapshot_that_fails_leaves_the_older_one(tmp_path: Path) -> None:
     async def scenario() -> None:
         await written(tmp_path / "snapshot")
         before = (tmp_path / "snapshot" / INDEX).read_text()
-        store = ReplayStore(StoreConfig(1))
+        store = WaitingStore(StoreConfig(1))
         await at_once(store.acquire_slots(1))
         store.append(receipt([0]), [b"a"])
 
@@ -290,7 +289,7 @@ def test_a_snapshot_that_fails_leaves_the_older_one(tmp_path: Path) -> None:
 def test_a_steps_end_and_its_snapshot_are_one_instant(tmp_path: Path) -> None:
     async def scenario() -> None:
         config = StoreConfig(2)
-        store = ReplayStore(config)
+        store = WaitingStore(config)
         store.append(receipt(await at_once(store.acquire_slots(2))), [b"a"])
         batch = await at_once(store.sample(2, 0))
         assert batch is not None
@@ -298,7 +297,7 @@ def test_a_steps_end_and_its_snapshot_are_one_instant(tmp_path: Path) -> None:
         await asyncio.sleep(0)
         assert await store.release_and_snapshot(batch.slots, 1, tmp_path / "snapshot", identity) == 2
         assert waiting.done() and store.ledger()["in_flight"] == 2  # it went on meanwhile
-        restored = ReplayStore(config)
+        restored = WaitingStore(config)
         assert await restored.restore(tmp_path / "snapshot", text) == 2
         assert restored.pending() == {}
         books = restored.ledger()

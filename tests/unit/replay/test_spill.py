@@ -19,8 +19,7 @@ from opd_ray.choices import ReplayOrder, StalePolicy
 from opd_ray.errors import StoreError
 from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig
-from opd_ray.replay.store import ReplayStore
-from tests.unit.replay.store_driver import Payload, receipt
+from tests.unit.replay.store_driver import Payload, WaitingStore, receipt
 
 
 async def fetch(payload: Payload) -> bytes:
@@ -32,11 +31,11 @@ def put(data: pa.Buffer) -> Payload:
     return Payload(data.to_pybytes())
 
 
-def store_of(spill: SpillSpace, max_staleness: int = 9) -> ReplayStore:
-    return ReplayStore(StoreConfig(2, reuse=2, max_staleness=max_staleness), spill=spill)
+def store_of(spill: SpillSpace, max_staleness: int = 9) -> WaitingStore:
+    return WaitingStore(StoreConfig(2, reuse=2, max_staleness=max_staleness), spill=spill)
 
 
-async def fill(store: ReplayStore, num_payloads: int) -> None:
+async def fill(store: WaitingStore, num_payloads: int) -> None:
     """Payloads of two trajectories, 200 bytes each as their receipts say."""
     for number in range(num_payloads):
         slots = await store.acquire_slots(2)
@@ -154,7 +153,7 @@ def test_a_disk_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 def test_any_kind_of_reference_will_do() -> None:
     async def scenario() -> None:
         same: Any = bytes
-        store = ReplayStore(StoreConfig(1, max_staleness=3), spill=SpillSpace(0, same, same))
+        store = WaitingStore(StoreConfig(1, max_staleness=3), spill=SpillSpace(0, same, same))
         for number in range(3):
             store.append(receipt(await store.acquire_slots(1)), [b"%d" % number])
         batch = await store.sample(1, 0)
@@ -184,7 +183,7 @@ def test_any_timing_of_moves_trains_what_was_stored(
         await pause()
         return payload.data
 
-    async def rollout(store: ReplayStore) -> None:
+    async def rollout(store: WaitingStore) -> None:
         while True:
             slots = await store.acquire_slots(2)
             await pause()
@@ -199,7 +198,7 @@ def test_any_timing_of_moves_trains_what_was_stored(
             stale=stale,
             hard_staleness=max_staleness + 1 if stale is StalePolicy.gate else 0,
         )
-        store = ReplayStore(config, spill=SpillSpace(max_memory_bytes, slow_fetch, put))
+        store = WaitingStore(config, spill=SpillSpace(max_memory_bytes, slow_fetch, put))
         producer = asyncio.create_task(rollout(store))
         for version in range(6):
             await pause()
