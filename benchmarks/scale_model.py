@@ -51,7 +51,7 @@ def load(gpus: int, found: dict[str, Any]) -> dict[str, float]:
     return need | {
         "controller_limit_over_demand": 1e3 / (cpu["driver_loop"] * need["requests_per_s"]),
         "hand_out_limit_over_demand": max(hand_out_per_s(run) for run in found["runs"]) / need["requests_per_s"],
-        "hand_out_limit_over_demand_idle": 1e3 / (2 * found["idle_store_call"]["p50_ms"] * need["requests_per_s"]),
+        "hand_out_limit_over_demand_idle": 1e3 / (found["idle_store_call"]["p50_ms"] * need["requests_per_s"]),
         "controller_share_of_a_core": cpu["driver_loop"] * need["requests_per_s"] / 1e3,
         "store_share_of_a_core": cpu["store"] * need["requests_per_s"] / 1e3,
         "dispatch_of_step_s": dispatch,
@@ -86,9 +86,8 @@ def dispatch_seconds(parts: dict[str, Any], need: dict[str, float]) -> float:
 
 
 def hand_out_per_s(run: dict[str, Any]) -> float:
-    """Requests that can be handed out: each waits for two answers of the store, one after the other."""
-    calls = run["store_calls"]
-    return float(1e3 / (calls["acquire_slots"]["p50_ms"] + calls["assign"]["p50_ms"]))
+    """Requests that can be handed out: each waits for an answer of the store, one after the other."""
+    return float(1e3 / run["store_calls"]["acquire_slots"]["p50_ms"])
 
 
 def on_paper(found: dict[str, Any]) -> dict[str, Any]:

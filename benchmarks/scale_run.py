@@ -26,8 +26,6 @@ from opd_ray.types import Prompt
 
 NEVER = 1_000_000
 NUM_PROMPTS = 20_000
-# These wait for others by design; what they take is no cost of theirs.
-WAITING = ("acquire_slots", "sample")
 
 
 @dataclass(frozen=True, slots=True)
