@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import ray
+
 from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
 
 if TYPE_CHECKING:
@@ -146,10 +148,15 @@ class FakeRank:
         """One bucket of weights."""
         return 1
 
+    def takes_trees(self) -> bool:
+        """Nothing is computed."""
+        return False
+
     def train_step(self, batch: Any, refs: Sequence[Any]) -> RankReport:
-        """The report of a step, at once."""
+        """The report of a step, once its payloads are here."""
         from opd_ray.actors.learner.step_report import RankReport
 
+        ray.get(list(refs))
         members = [index for microbatch in batch.microbatches for index in microbatch]
         num_tokens = sum(batch.infos[index].num_response_tokens for index in members)
         return RankReport(loss_sum=1.0, weight_sum=1.0, divisor=1.0, num_tokens=num_tokens, grad_norm=1.0)
