@@ -70,7 +70,7 @@ def load(gpus: int, found: dict[str, Any]) -> dict[str, float]:
 
 
 def dispatch_seconds(parts: dict[str, Any], need: dict[str, float]) -> float:
-    """A step's calls to all ranks, each with all payloads and the facts of all trajectories."""
+    """A step's calls to all ranks, each with the facts and the payloads of its own trajectories."""
 
     def loop_s(name: str) -> float:
         return float(parts[f"train_step/{name}"]["loop_cpu_s"]["median"])
@@ -79,9 +79,9 @@ def dispatch_seconds(parts: dict[str, Any], need: dict[str, float]) -> float:
     bare, with_facts, with_both = (
         loop_s(f"{name}_payloads") for name in ("8_trajectories/1", "4096_trajectories/1", "4096_trajectories/200")
     )
-    fact = (with_facts - bare) / ranks / (4096 - 8)
-    payload = (with_both - with_facts) / ranks / (200 - 1)
-    seconds: float = need["ranks"] * (bare / ranks + fact * need["trajectories_per_step"] + payload * need["engines"])
+    fact = (with_facts - bare) / (4096 - 8)
+    payload = max(0.0, with_both - with_facts) / (200 - 1)
+    seconds: float = need["ranks"] * bare / ranks + fact * need["trajectories_per_step"] + payload * need["engines"]
     return seconds
 
 
