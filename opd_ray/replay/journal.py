@@ -1,7 +1,8 @@
 """What the controller remembers of the store's slots, so that a store that dies can be recovered (`recovery`).
 
 Rule: note a call when the store has answered it, and make a call that was not answered again, at the recovered store.
-The one exception is `stepped`: the learner's step is done, whatever the store says to the release.
+Two exceptions: `stepped`, as the learner's step is done, whatever the store says to the release, and `assigned`, as
+nobody waits for the store to hear of prompts: a recovered store is told of all.
 
 Memory: slots that the snapshot knows are kept by number, later ones are only counted, and what lies before a committed
 snapshot is forgotten; so it is bounded by the slots open at a snapshot and those in flight.
@@ -79,7 +80,7 @@ class SlotJournal:
             self._num_given = max(self._num_given, slot + 1)
 
     def assigned(self, slots: Sequence[int], prompt_ids: Sequence[str]) -> None:
-        """`assign` answered."""
+        """`assign` is on its way."""
         self._in_flight.update(zip(slots, prompt_ids, strict=True))
 
     def landed(self, slots: Iterable[int]) -> None:

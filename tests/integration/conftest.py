@@ -30,6 +30,11 @@ SHORT_JOB = [
 ]
 
 
+def assert_gone(processes: list[psutil.Process], within_s: float = 15.0) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=within_s)
+    assert [" ".join(process.cmdline()) for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
 @pytest.fixture(scope="session")
 def killed() -> Iterator[list[psutil.Process]]:
     """Processes of commands that were killed, which must be gone after all tests.
@@ -38,8 +43,7 @@ def killed() -> Iterator[list[psutil.Process]]:
     """
     processes: list[psutil.Process] = []
     yield processes
-    _, alive = psutil.wait_procs(processes, timeout=90)
-    assert [process.name() for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    assert_gone(processes, within_s=90)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import pytest
 
 from opd_ray.evaluation.samples import read_samples
 from opd_ray.tiny.paths import student_path
+from tests.integration.conftest import assert_gone
 
 pytestmark = pytest.mark.integration
 
@@ -54,11 +55,6 @@ def _heed_sigint() -> None:
 def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
     children: list[psutil.Process] = psutil.Process(process.pid).children(recursive=True)
     return children
-
-
-def assert_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=15)
-    assert [" ".join(process.cmdline()) for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
 @pytest.fixture(scope="module")

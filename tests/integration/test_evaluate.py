@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from opd_ray.evaluation.samples import read_header, read_samples
+from tests.integration.conftest import assert_gone
 
 pytestmark = pytest.mark.integration
 
@@ -111,5 +112,4 @@ def test_ctrl_c_while_engines_sample_leaves_nothing(tmp_path: Path) -> None:
     assert process.returncode == 130, err
     assert "interrupted" in err and "Traceback" not in err
     assert list(results.iterdir()) == []
-    _, alive = psutil.wait_procs(children, timeout=15)
-    assert [" ".join(child.cmdline()) for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
+    assert_gone(children)

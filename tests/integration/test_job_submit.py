@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.monitoring_stack import free_ports
 from tests.integration.conftest import SHORT_JOB
 
 pytestmark = pytest.mark.integration
@@ -24,19 +24,12 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
     """A head node on this machine's loopback; what a shell needs to talk to it."""
     # Short, as the paths of sockets may have 107 bytes; its own, as a ray.init() elsewhere would join it otherwise.
     folder = Path(tempfile.mkdtemp(prefix="opd-ray-", dir="/tmp"))
-    port = free_port()
+    port, agent_port = free_ports(2)
     env = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
@@ -49,7 +42,7 @@ def cluster() -> Iterator[dict[str, str]]:
         env.pop(key, None)
     options = ["--node-ip-address=127.0.0.1", "--port=0", f"--dashboard-port={port}", f"--temp-dir={folder}"]
     # The agent that takes jobs has one port by default, which the Ray of other tests in this session may have.
-    options += [f"--dashboard-agent-listen-port={free_port()}"]
+    options += [f"--dashboard-agent-listen-port={agent_port}"]
     options += ["--num-cpus=2", "--disable-usage-stats", "--include-log-monitor=false", "--block"]
     with (folder / "head.log").open("wb") as log:
         head = subprocess.Popen(

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.monitoring_stack import free_ports
 from tests.integration.conftest import SHORT_JOB
 
 pytestmark = pytest.mark.integration
@@ -60,13 +61,6 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def find(daemon: str) -> str | None:
     return shutil.which(daemon, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
@@ -84,13 +78,14 @@ def slurm() -> Iterator[dict[str, str]]:
     key.chmod(0o600)
     # Ports and folders of a job are named after its number.
     first_job = random.randrange(10_000, 60_000)
+    controller_port, *node_ports = free_ports(3)
     text = CONF.format(
         folder=folder,
         user=getpass.getuser(),
         host=socket.gethostname(),
         cpus=os.cpu_count(),
-        controller_port=free_port(),
-        ports=[free_port(), free_port()],
+        controller_port=controller_port,
+        ports=node_ports,
         first_job=first_job,
     )
     (folder / "slurm.conf").write_text(text)

@@ -108,7 +108,7 @@ class Handle:
                     if work.done():
                         return work.result()
                 finally:
-                    # A process that is killed does not write on, not even in its threads; one whose caller is gone is.
+                    # Killed, or left by its caller, which ends it: it does not write on, not even in its threads.
                     death.cancel()
                     if not work.done():
                         work.cancel()
