@@ -149,13 +149,15 @@ class StoreConsumer:
     def ping(self) -> None:
         """Answer once it is there."""
 
-    def read(self, rows: tuple[tuple[int, int], ...], infos: Any, *payloads: Any) -> Sums:
-        """Hop 9: the sampled trajectories of the payloads."""
+    def read(self, batch: SampledBatch, *payloads: Any) -> Sums:
+        """Hop 9: the sampled trajectories of the payloads; `batch` is without its references."""
         from opd_ray.replay.codec import decode
         from opd_ray.replay.rows import scored_rows
 
-        decoded = {payload: scored_rows(decode(payloads[payload])) for payload in {payload for payload, _ in rows}}
-        trajectories = [decoded[payload][row] for payload, row in rows]
+        decoded = {
+            payload: scored_rows(decode(payloads[payload])) for payload in {payload for payload, _ in batch.rows}
+        }
+        trajectories = [decoded[payload][row] for payload, row in batch.rows]
         return read({name: getattr(row, name) for name in ARRAYS} for row in trajectories)
 
 
@@ -231,7 +233,7 @@ class OpdRay(Contender):
         batch = await (self._next or self._store.sample(self._version))
         if batch is None:
             raise SystemExit("the store has no more batches")
-        sums: Sums = await self._result(self._consumer.read.remote(batch.rows, batch.infos, *batch.refs))
+        sums: Sums = await self._result(self._consumer.read.remote(dataclasses.replace(batch, refs=()), *batch.refs))
         self._version += 1
         self._store.stepped(batch)
         # Together, as the learner's loop does.

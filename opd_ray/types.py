@@ -5,7 +5,9 @@ Shape letters: B sequences, T response tokens, K top-K, S segments, V vocabulary
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,18 @@ class BatchReceipt:
         """Response tokens of all trajectories together."""
         return sum(t.num_response_tokens for t in self.trajectories)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickle goes through Python for every record, which costs ten times what their values cost.
+        rows = tuple(map(_receipt_values, self.trajectories))
+        return _batch_receipt, (rows, self.worker, self.busy_s, self.num_bytes)
+
+
+_receipt_values = attrgetter(*(field.name for field in fields(TrajectoryReceipt)))
+
+
+def _batch_receipt(rows: tuple[tuple[Any, ...], ...], worker: str, busy_s: float, num_bytes: int) -> BatchReceipt:
+    return BatchReceipt(tuple(TrajectoryReceipt(*row) for row in rows), worker, busy_s, num_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class SampleInfo:
@@ -96,6 +110,10 @@ class SampleInfo:
     def is_fresh(self) -> bool:
         """First visit at staleness 0, where drift is zero by definition."""
         return self.visits == 1 and self.staleness == 0
+
+
+info_values = attrgetter(*(field.name for field in fields(SampleInfo)))
+"""The values of a `SampleInfo`, as it takes them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 from opd_ray.errors import StaleBatchError
 from opd_ray.replay.payloads import PayloadShelf
 from opd_ray.replay.staleness import staleness, staleness_bound
-from opd_ray.types import SampleInfo, TrajectoryReceipt
+from opd_ray.types import SampleInfo, TrajectoryReceipt, info_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,16 @@ class SampledBatch:
             tuple((number[self.rows[place][0]], self.rows[place][1]) for place in kept),
             tuple(self.infos[place] for place in kept),
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As of a `BatchReceipt`.
+        return _sampled_batch, (self.refs, self.rows, tuple(map(info_values, self.infos)))
+
+
+def _sampled_batch(
+    refs: tuple[Any, ...], rows: tuple[tuple[int, int], ...], infos: tuple[tuple[Any, ...], ...]
+) -> SampledBatch:
+    return SampledBatch(refs, rows, tuple(SampleInfo(*info) for info in infos))
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from benchmarks.store_contenders import StoreConsumer, StoreProducer, default_by
 from benchmarks.store_queues import as_arrays, as_lists
 from benchmarks.store_workload import Workload, is_same, make_rows, read
 from opd_ray.choices import LogprobDtype
+from opd_ray.replay.cohort import SampledBatch
 
 WORK = Workload(trajectories=3, prompt_tokens=2, response_tokens=5, top_k=4)
 EXPECTED = read(make_rows(WORK))
@@ -19,7 +20,7 @@ EXPECTED = read(make_rows(WORK))
 def test_what_goes_through_the_codec_is_what_the_producer_has(sampled: LogprobDtype) -> None:
     payload, receipt = StoreProducer(WORK, LogprobDtype.float16, sampled).produce((4, 5, 6), version=9)
     rows = tuple((0, row) for row in range(WORK.trajectories))
-    assert is_same(StoreConsumer().read(rows, None, payload), EXPECTED, in_order=True)
+    assert is_same(StoreConsumer().read(SampledBatch((), rows, ()), payload), EXPECTED, in_order=True)
     assert [item.slot for item in receipt.trajectories] == [4, 5, 6]
     assert receipt.num_bytes == payload.size
 

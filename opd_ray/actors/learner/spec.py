@@ -9,7 +9,7 @@ from typing import Any
 from opd_ray.config import GateConfig, LearnerConfig, ObjectiveConfig, RunConfig
 from opd_ray.data.packing import Plan
 from opd_ray.replay.cohort import SampledBatch
-from opd_ray.types import SampleInfo
+from opd_ray.types import SampleInfo, info_values
 
 ROLE = "learner"
 
@@ -83,6 +83,16 @@ class RankBatch:
     last_visits: tuple[int, ...]
     policy_version: int
     dumped: tuple[int, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As of a `BatchReceipt`.
+        infos = {place: info_values(info) for place, info in self.infos.items()}
+        rest = (self.is_fresh, self.last_visits, self.policy_version, self.dumped)
+        return _rank_batch, (self.microbatches, self.rows, infos, *rest)
+
+
+def _rank_batch(microbatches: Any, rows: Any, infos: Mapping[int, tuple[Any, ...]], *rest: Any) -> RankBatch:
+    return RankBatch(microbatches, rows, {place: SampleInfo(*values) for place, values in infos.items()}, *rest)
 
 
 def rank_batches(  # noqa: PLR0913  (the public surface)
