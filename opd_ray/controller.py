@@ -39,6 +39,7 @@ from opd_ray.learner_loop import LearnerLoop, RunTotals
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.rollout_loop import RolloutLoop
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints
+from opd_ray.task_pool import TaskPool, end, first_failure_or
 from opd_ray.types import Histogram, Prompt
 from opd_ray.workload import GroupLoad
 
@@ -114,7 +115,7 @@ class Controller:
             self._cfg, (groups.learner, groups.rollout), groups.store, loads, self._outputs.checkpoints, self.totals
         )
         production = RolloutLoop(self._cfg, (groups.rollout, groups.teacher), groups.store, self._source, loads)
-        learner_loop = rollout_loop = None
+        rollout_loop, learner_loop = TaskPool(), None
         try:
             await learning.go_on_from(checkpoint)
             if checkpoint is not None:
@@ -123,14 +124,15 @@ class Controller:
             learner_loop = asyncio.create_task(
                 learning.run(production.frontier, lambda batch, metrics: self._step_done(learning, batch, metrics))
             )
-            rollout_loop = asyncio.create_task(production.run())
+            rollout_loop.start(production.run())
             # The rollout loop ends before the learner loop (end of data) or is ended with it.
-            await _first_failure_or(learner_loop, rollout_loop, production.tasks, production.replacements)
+            await first_failure_or(learner_loop, rollout_loop, production.requests, production.replacements)
             # Where the data ended, some trajectories are still on their way; the books close when they are in.
-            await asyncio.gather(*production.tasks)
+            await production.requests.finish()
         finally:
-            tasks = (rollout_loop, learner_loop, *production.tasks, *production.replacements)
-            await _end({task for task in tasks if task is not None})
+            pools = (rollout_loop, production.requests, production.replacements)
+            tasks = {task for pool in pools for task in pool.running}
+            await end(tasks | ({learner_loop} if learner_loop is not None else set()))
 
     async def _take_back(self, error: LearnerLostError) -> Checkpoint | None:
         """After the loss of the learner: everything but the engines and teachers as it was at the last checkpoint."""
@@ -183,29 +185,3 @@ class Controller:
     async def ledger(self) -> dict[str, int]:
         """The store's books; they must balance."""
         return await self._groups.store.ledger()
-
-
-async def _end(tasks: set[asyncio.Task[None]]) -> None:
-    """Cancel tasks until they have ended, whatever they make of it; their results and errors are dropped."""
-    running = {task for task in tasks if not task.done()}
-    while running:
-        for task in running:
-            task.cancel()
-        _, running = await asyncio.wait(running, timeout=1.0)
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _first_failure_or(
-    main: asyncio.Task[None], helper: asyncio.Task[None], *others: set[asyncio.Task[None]]
-) -> None:
-    """Wait for `main`; an error of `helper` or of any other is raised at once. Others that ended are forgotten."""
-    while not main.done():
-        waiting = {main}.union(*others) | (set() if helper.done() else {helper})
-        # The timeout takes in those that were started meanwhile.
-        done, _ = await asyncio.wait(waiting, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            for started in others:
-                started.discard(task)
-            if task is not main:
-                task.result()
-    main.result()

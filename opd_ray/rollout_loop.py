@@ -16,6 +16,7 @@ from opd_ray.actors.store import StoreClient
 from opd_ray.config import RunConfig
 from opd_ray.data.source import PromptSource
 from opd_ray.errors import ActorDiedError, PayloadLostError
+from opd_ray.task_pool import TaskPool
 from opd_ray.types import BatchReceipt, Prompt, RolloutRequest
 from opd_ray.workload import GroupLoad
 
@@ -44,9 +45,9 @@ class RolloutLoop:
         self._handing_out = asyncio.Lock()
         self._turn = 0
         self._has_ended = False
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.requests = TaskPool()
         # Apart from these: a worker for which no node has room is not waited for at the end.
-        self.replacements: set[asyncio.Task[None]] = set()
+        self.replacements = TaskPool()
 
     async def run(self) -> None:
         """Until the prompts have ended; woken by `store.release`."""
@@ -113,7 +114,7 @@ class RolloutLoop:
         # Chosen here and not in the task, which starts later: the next request must see this one.
         engine = self._engine_load.least_loaded()
         self._engine_load.begin(engine, len(request.slots))
-        self.tasks.add(asyncio.create_task(self._produce(request, engine)))
+        self.requests.start(self._produce(request, engine))
 
     async def _produce(self, request: RolloutRequest, engine: int) -> None:
         """Hops 3 to 6 of one request; from hop 3 again where the payload is gone with a node before it is scored."""
@@ -195,4 +196,4 @@ class RolloutLoop:
             await group.revive(worker, dead, error)
             load.resume(worker)
 
-        self.replacements.add(asyncio.create_task(revive()))
+        self.replacements.start(revive())
