@@ -22,6 +22,8 @@ from opd_ray.planning.placement import Share
 # How often Ray is asked whether room was found.
 LOOK_S = 1.0
 _FIRST_LOOKS_S = 0.02
+# Ray keeps the room of a task that has just ended for about a second, in case another one comes.
+_PATIENCE_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +59,13 @@ class Placement:
     async def wait(self, deadline_s: float) -> None:
         """Wait until every worker has a node; raises `ResourceError` with what was asked and what there is."""
         begun = time.monotonic()
-        pause_s = _FIRST_LOOKS_S
+        pause_s, has_warned = _FIRST_LOOKS_S, False
         while not all(await self._placed()):
             waited_s = time.monotonic() - begun
             if waited_s > deadline_s:
                 raise self.no_room(waited_s)
-            if pause_s < LOOK_S <= 2 * pause_s:
+            if waited_s > _PATIENCE_S and not has_warned:
+                has_warned = True
                 logger.warning("%s waits for room: it may be in use by others", self._demand)
             await asyncio.sleep(pause_s)
             pause_s = min(LOOK_S, 2 * pause_s)
