@@ -100,22 +100,29 @@ class DataConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class RolloutConfig:
-    """vLLM engines that sample from the student."""
+class EngineConfig:
+    """vLLM engines, in training and in evaluation by itself."""
 
     num_engines: int = ranged(1, "rollout actors, one engine each", ge=1)
     num_cpus: float = ranged(0.0, "CPUs of one engine, 0 = an even share; whole CPUs are its threads", ge=0)
     num_gpus: float = ranged(0.0, "GPUs of one engine", ge=0)
+    tensor_parallel: int = ranged(1, "processes (GPUs) that one engine's model is split over", ge=1)
+    max_num_seqs: int = ranged(128, "sequences that an engine decodes at once", ge=1)
+    kv_cache_gib: int = ranged(1, "KV cache of an engine on CPU, GiB", ge=1)
+    gpu_memory_utilization: float = ranged(0.85, "share of a GPU that an engine may take", gt=0, le=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutConfig(EngineConfig):
+    """vLLM engines that sample from the student."""
+
     prompts_per_step: int = ranged(4, "prompts in one optimizer step", ge=1)
     samples_per_prompt: int = ranged(8, "trajectories a prompt", ge=1)
     max_response_tokens: int = ranged(256, "longest response, tokens", ge=1)
     temperature: float = ranged(1.0, "sampling temperature", gt=0)
     top_p: float = ranged(1.0, "nucleus mass", gt=0, le=1)
-    max_num_seqs: int = ranged(128, "sequences that an engine decodes at once", ge=1)
-    kv_cache_gib: int = ranged(1, "KV cache of an engine on CPU, GiB", ge=1)
-    gpu_memory_utilization: float = ranged(0.6, "share of a GPU that an engine may take", gt=0, le=1)
     on_new_weights: OnNewWeights = documented(OnNewWeights.partial, "what becomes of running requests")
-    tensor_parallel: int = ranged(1, "processes (GPUs) that one engine's model is split over", ge=1)
+    gpu_memory_utilization: float = ranged(0.6, "share of a GPU that an engine may take", gt=0, le=1)
 
 
 @dataclass(kw_only=True, slots=True)

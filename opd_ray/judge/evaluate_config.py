@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from opd_ray.choices import AnswerFormat, Dtype, Template
-from opd_ray.config import RunConfig, documented, ranged
+from opd_ray.config import EngineConfig, RunConfig, documented, ranged
 from opd_ray.config_checks import check_ranges
 from opd_ray.data.prompts import HUB_PREFIX
 from opd_ray.errors import ConfigError
@@ -29,19 +29,6 @@ class BenchmarkConfig:
     instruction: str = documented("", "text that follows each problem; with template=plain_chat it is all that does")
     answer_format: AnswerFormat = documented(AnswerFormat.boxed, "where the final answer stands")
     num_problems: int = ranged(0, "problems taken from the source, 0 = all", ge=0)
-
-
-@dataclass(kw_only=True, slots=True)
-class EngineConfig:
-    """vLLM engines; the same keys as in training."""
-
-    num_engines: int = ranged(1, "actors, one engine each", ge=1)
-    num_cpus: float = ranged(0.0, "CPUs of one engine, 0 = an even share; whole CPUs are its threads", ge=0)
-    num_gpus: float = ranged(0.0, "GPUs of one engine", ge=0)
-    tensor_parallel: int = ranged(1, "processes (GPUs) that one engine's model is split over", ge=1)
-    max_num_seqs: int = ranged(128, "sequences that an engine decodes at once", ge=1)
-    kv_cache_gib: int = ranged(1, "KV cache of an engine on CPU, GiB", ge=1)
-    gpu_memory_utilization: float = ranged(0.85, "share of a GPU that an engine may take", gt=0, le=1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -129,6 +116,6 @@ def engine_config(
     run.data.max_prompt_tokens = max_model_tokens - max_response_tokens
     run.rollout.max_response_tokens = run.evaluation.max_response_tokens = max_response_tokens
     run.evaluation.temperature, run.evaluation.top_p = cfg.temperature, cfg.top_p
-    for name in EngineConfig.__dataclass_fields__:
-        setattr(run.rollout, name, getattr(cfg.rollout, name))
+    for key in fields(EngineConfig):
+        setattr(run.rollout, key.name, getattr(cfg.rollout, key.name))
     return run
