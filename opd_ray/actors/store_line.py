@@ -1,8 +1,4 @@
-"""The driver's end of the line to a store actor (`replay.desk`): calls made together are one message.
-
-While a message is out, calls gather for the next one: a store that has much to do gets fewer messages, not a queue of
-them.
-"""
+"""The driver's end of the line to a store actor (`replay.desk`): calls made together are one message."""
 
 from __future__ import annotations
 
@@ -32,9 +28,7 @@ class StoreLine:
         self._deadline_s = deadline_s
         self._numbers = itertools.count()
         self._outbox: list[Call] = []
-        # A call is in the outbox that does not go with whatever comes next; a turn is due in which it is sent; a
-        # message has no answer yet.
-        self._is_wanted = self._is_due = self._is_out = False
+        self._is_due = False
         self._open: dict[int, tuple[str, asyncio.Future[Any]]] = {}
         self._messages: set[asyncio.Task[None]] = set()
         self._is_relieving = False
@@ -47,13 +41,14 @@ class StoreLine:
         if method in _SLOW:
             return await self._call_alone(method, args)
         future = self._add(method, args)
-        self._is_wanted = True
-        self._send_soon()
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._send)
         return await future
 
     async def _call_alone(self, method: str, args: tuple[Any, ...]) -> Any:
         """In a message of its own, and in the caller's task: who is cancelled meanwhile gives up the message too."""
-        self._send_all()
+        self._send()
         future = self._add(method, args)
         calls, self._outbox = self._outbox, []
         try:
@@ -79,29 +74,12 @@ class StoreLine:
         self._outbox.append(call)
         return future
 
-    def _send_soon(self) -> None:
-        if self._is_wanted and not self._is_due and not self._is_out:
-            self._is_due = True
-            asyncio.get_running_loop().call_soon(self._send)
-
     def _send(self) -> None:
         self._is_due = False
-        if self._is_wanted and (message := self._send_all()):
-            self._is_out = True
-            message.add_done_callback(self._answered)
-
-    def _send_all(self) -> asyncio.Task[None] | None:
-        self._is_wanted = False
-        if not self._outbox:
-            return None
-        calls, self._outbox = self._outbox, []
-        # Sent here and not in the task, which starts later: order is kept.
-        return self._follow(self.handle.do.remote(calls), [call.number for call in calls])
-
-    def _answered(self, _: asyncio.Task[None]) -> None:
-        self._is_out = False
-        # After those who were answered had their turn: what they call goes too.
-        self._send_soon()
+        if self._outbox:
+            calls, self._outbox = self._outbox, []
+            # Sent here and not in the task, which starts later: order is kept.
+            self._follow(self.handle.do.remote(calls), [call.number for call in calls])
 
     def _follow(self, ref: Awaitable[Reply], numbers: Collection[int]) -> asyncio.Task[None]:
         message = asyncio.create_task(self._finish(ref, numbers))

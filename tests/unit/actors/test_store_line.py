@@ -61,28 +61,7 @@ def test_calls_made_together_are_one_message_and_a_posted_one_goes_with_the_next
     run(scenario())
 
 
-def test_calls_gather_while_a_message_is_out_and_keep_their_order() -> None:
-    async def scenario() -> None:
-        line, desk, _ = line_to(ReplayStore(StoreConfig(4, max_staleness=1)))
-        first = asyncio.create_task(line.call("acquire_slots", 2))
-        while not desk.messages:
-            await asyncio.sleep(0)
-        assert not first.done()
-        second = asyncio.create_task(line.call("acquire_slots", 2))
-        await asyncio.sleep(0)
-        line.post("assign", (0, 1), ["a", "b"])
-        third = asyncio.create_task(line.call("state"))
-        assert (await first, await second) == ((0, 1), (2, 3))
-        assert (await third)["in_flight"] == 2  # A call that may wait comes after those that do not.
-        assert desk.messages == [["acquire_slots"], ["acquire_slots", "assign", "state"]]
-        line.post("assign", (2,), ["c"])
-        await asyncio.sleep(0.01)
-        assert len(desk.messages) == 2
-
-    run(scenario())
-
-
-def test_a_call_that_stands_alone_goes_after_those_before_it_whatever_is_out(tmp_path: Path) -> None:
+def test_a_call_that_stands_alone_goes_after_those_before_it(tmp_path: Path) -> None:
     async def scenario() -> None:
         store = ReplayStore(StoreConfig(4, max_staleness=1))
         line, desk, _ = line_to(store)
