@@ -154,9 +154,7 @@ class StoreConsumer:
         from opd_ray.replay.codec import decode
         from opd_ray.replay.rows import scored_rows
 
-        decoded = {
-            payload: scored_rows(decode(payloads[payload])) for payload in {payload for payload, _ in batch.rows}
-        }
+        decoded = [scored_rows(decode(payload)) for payload in payloads]
         trajectories = [decoded[payload][row] for payload, row in batch.rows]
         return read({name: getattr(row, name) for name in ARRAYS} for row in trajectories)
 

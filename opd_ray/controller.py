@@ -115,7 +115,8 @@ class Controller:
             self._cfg, (groups.learner, groups.rollout), groups.store, loads, self._outputs.checkpoints, self.totals
         )
         production = RolloutLoop(self._cfg, (groups.rollout, groups.teacher), groups.store, self._source, loads)
-        rollout_loop, learner_loop = TaskPool(), None
+        background, learner_loop = TaskPool(), None
+        pools = (background, production.requests, production.replacements)
         try:
             await learning.go_on_from(checkpoint)
             if checkpoint is not None:
@@ -124,15 +125,14 @@ class Controller:
             learner_loop = asyncio.create_task(
                 learning.run(production.frontier, lambda batch, metrics: self._step_done(learning, batch, metrics))
             )
-            rollout_loop.start(production.run())
+            background.start(production.run())
             # The rollout loop ends before the learner loop (end of data) or is ended with it.
-            await first_failure_or(learner_loop, rollout_loop, production.requests, production.replacements)
+            await first_failure_or(learner_loop, *pools)
             # Where the data ended, some trajectories are still on their way; the books close when they are in.
             await production.requests.finish()
         finally:
-            pools = (rollout_loop, production.requests, production.replacements)
-            tasks = {task for pool in pools for task in pool.running}
-            await end(tasks | ({learner_loop} if learner_loop is not None else set()))
+            tasks = {learner_loop, *(task for pool in pools for task in pool.running)}
+            await end({task for task in tasks if task is not None})
 
     async def _take_back(self, error: LearnerLostError) -> Checkpoint | None:
         """After the loss of the learner: everything but the engines and teachers as it was at the last checkpoint."""

@@ -78,7 +78,7 @@ class BatchReceipt:
         return sum(t.num_response_tokens for t in self.trajectories)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickle goes through Python for every record, which costs ten times what their values cost.
+        # Pickle goes through Python for every record: eight times as long as for their values.
         rows = tuple(map(_receipt_values, self.trajectories))
         return _batch_receipt, (rows, self.worker, self.busy_s, self.num_bytes)
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any
 
 import pytest
 
 from opd_ray.task_pool import TaskPool, end, first_failure_or
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, timeout=20))
+from tests.unit.scenario import run
 
 
 async def fail_after(event: asyncio.Event) -> None:

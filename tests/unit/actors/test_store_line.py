@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,6 +16,7 @@ from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
 from tests.unit.fake_actors import Handle
 from tests.unit.replay.store_driver import receipt
+from tests.unit.scenario import run
 
 
 class CountingDesk(StoreDesk):
@@ -41,10 +41,6 @@ def line_to(store: ReplayStore, deadline_s: float = 20.0) -> tuple[StoreLine, Co
     desk = CountingDesk(store)
     handle = Handle(desk, "replay-store")
     return StoreLine(handle, "replay-store", deadline_s), desk, handle
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, timeout=20))
 
 
 def test_calls_made_together_are_one_message_and_a_posted_one_goes_with_the_next() -> None:

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import json
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,10 +15,7 @@ from opd_ray.errors import LedgerError, StaleBatchError, StoreClosedError, Store
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.replay.staleness import StoreConfig
 from tests.unit.replay.store_driver import Payload, WaitingStore, WaitsError, at_once, receipt
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, timeout=20))
+from tests.unit.scenario import run
 
 
 def store_of(size: int, reuse: int = 1, max_staleness: int = 0, **options: Any) -> WaitingStore:
