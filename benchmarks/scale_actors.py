@@ -40,18 +40,13 @@ class Sizes:
 
 
 class Payload:
-    """Bytes that Ray keeps and hands over without a copy, as it does with an Arrow buffer."""
+    """Bytes that Ray keeps and hands over, as a memoryview, without a copy, as it does with an Arrow buffer."""
 
     def __init__(self, data: Any) -> None:
         self.data = data
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return Payload, (pickle.PickleBuffer(self.data),)
-
-
-async def data_of(ref: Any) -> Any:
-    """What a snapshot writes of a payload."""
-    return (await ref).data
+        return memoryview, (pickle.PickleBuffer(self.data),)
 
 
 class FakeEngine:

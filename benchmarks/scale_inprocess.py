@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.scale_actors import FakeEngine, FakeTeacher, Payload, Sizes
@@ -19,7 +19,7 @@ from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import store_config
 from opd_ray.config import RunConfig
 from opd_ray.replay.cohort import SampledBatch
-from opd_ray.replay.desk import StoreDesk
+from opd_ray.replay.desk import Call, Reply, StoreDesk
 from opd_ray.replay.store import ReplayStore
 from opd_ray.types import WeightsReceipt
 
@@ -51,6 +51,20 @@ class _Handle:
 
     def __getattr__(self, name: str) -> _Method:
         return _Method(getattr(self._target, name))
+
+
+class _Desk:
+    def __init__(self, store: ReplayStore) -> None:
+        self._desk = StoreDesk(store)
+
+    def do(self, calls: Sequence[Call]) -> asyncio.Future[Reply]:
+        return asyncio.ensure_future(self._desk.do(calls))
+
+    def relieve(self) -> asyncio.Future[Reply]:
+        return asyncio.ensure_future(self._desk.relieve())
+
+    def close(self) -> None:
+        """Nothing was started."""
 
 
 class _Engines(RolloutGroup):
@@ -97,9 +111,4 @@ def in_process(num_engines: int, num_teachers: int, num_ranks: int, delay_s: flo
 
 def store_in_process(cfg: RunConfig) -> TimedStore:
     """The store as an object."""
-    return TimedStore(
-        cfg,
-        start=lambda _: _Handle(StoreDesk(ReplayStore(store_config(cfg)))),
-        kill=lambda _: None,
-        put=lambda payload: payload,
-    )
+    return TimedStore(cfg, start=lambda _: _Desk(ReplayStore(store_config(cfg))))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import spread
-from benchmarks.scale_actors import data_of
 from benchmarks.scale_probe import Lag, Probe, Usage, object_store, quantiles
 from opd_ray.actors.learner.group import LearnerGroup
 from opd_ray.actors.rollout import RolloutGroup
@@ -65,7 +64,7 @@ class TimedStore(StoreClient):
 
     async def snapshot(self, folder: Path) -> None:
         """Write what the store has."""
-        await self._call("snapshot", folder, data_of)
+        await self._call("snapshot", folder)
 
 
 class _EnoughError(Exception):

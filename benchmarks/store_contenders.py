@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -149,12 +149,16 @@ class StoreConsumer:
     def ping(self) -> None:
         """Answer once it is there."""
 
-    def read(self, batch: SampledBatch, *payloads: Any) -> Sums:
-        """Hop 9: the sampled trajectories of the payloads; `batch` is without its references."""
-        from opd_ray.replay.codec import decode
-        from opd_ray.replay.rows import scored_rows
+    def read(self, batch: SampledBatch) -> Sums:
+        """Hop 9: the trajectories of a batch, fetched as a rank fetches its own."""
+        return self.read_payloads(batch, ray.get(list(batch.refs)))
 
-        decoded = [scored_rows(decode(payload)) for payload in payloads]
+    def read_payloads(self, batch: SampledBatch, payloads: Sequence[Any]) -> Sums:
+        """The sampled trajectories of the payloads."""
+        from opd_ray.replay.codec import decode
+        from opd_ray.replay.rows import training_rows
+
+        decoded = [training_rows(decode(payload)) for payload in payloads]
         trajectories = [decoded[payload][row] for payload, row in batch.rows]
         return read({name: getattr(row, name) for name in ARRAYS} for row in trajectories)
 
@@ -231,7 +235,7 @@ class OpdRay(Contender):
         batch = await (self._next or self._store.sample(self._version))
         if batch is None:
             raise SystemExit("the store has no more batches")
-        sums: Sums = await self._result(self._consumer.read.remote(dataclasses.replace(batch, refs=()), *batch.refs))
+        sums: Sums = await self._result(self._consumer.read.remote(batch))
         self._version += 1
         self._store.stepped(batch)
         # Together, as the learner's loop does.

@@ -42,8 +42,9 @@ def worker_env(share: Share) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # Ray hands results under 100 KB to the caller itself: payload must not take that way through the driver.
-        "RAY_max_direct_call_object_size": "1024",
+        # Ray hands results under 100 KB to the caller itself: payload, which has 2.2 KB at least, must not take that
+        # way through the driver. Receipts of up to some sixty trajectories do, and are no objects in the store then.
+        "RAY_max_direct_call_object_size": "2048",
     }
     if share.gpus == 0:
         env |= {

@@ -36,8 +36,8 @@ def cluster_nodes() -> list[NodeResources]:
 
 
 def near_driver() -> NodeAffinitySchedulingStrategy:
-    """The driver's node while it has room: what dies with it costs the run nothing that the driver does not."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    """The driver's node, where a socket leads: what dies with it costs the run nothing that the driver does not."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 class Placement:

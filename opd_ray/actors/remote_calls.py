@@ -57,12 +57,7 @@ async def remote_result(ref: Any, actor: str, deadline_s: float | None) -> Any:
             raise cause from None
         if isinstance(cause, ObjectLostError):
             raise PayloadLostError(f"what actor {actor} was handed is gone with a node: have it made again") from error
-        logger.error("actor %s failed:\n%s", actor, error)
-        last = str(cause if cause is not None else error).strip().splitlines()
-        raise ActorError(
-            f"actor {actor} failed with {type(cause).__name__}: {last[-1] if last else ''} "
-            "(the traceback is in run.log of the run folder): mend the cause and start again"
-        ) from error
+        raise actor_failed(actor, type(cause).__name__, str(cause if cause is not None else error), error) from error
     except ObjectLostError as error:
         raise ActorDiedError(f"actor {actor} died, and its answer with its node: start again") from error
     except RayActorError as error:
@@ -70,6 +65,16 @@ async def remote_result(ref: Any, actor: str, deadline_s: float | None) -> Any:
             f"actor {actor} died ({_death_cause(error)}): look for lack of memory or a crash in the Ray dashboard's "
             "log, and start again"
         ) from error
+
+
+def actor_failed(actor: str, kind: str, text: str, traceback: object) -> ActorError:
+    """The error for an actor that raised a `kind` with that text; its traceback goes into the log."""
+    logger.error("actor %s failed:\n%s", actor, traceback)
+    lines = text.strip().splitlines()
+    return ActorError(
+        f"actor {actor} failed with {kind}: {lines[-1] if lines else ''} "
+        "(the traceback is in run.log of the run folder): mend the cause and start again"
+    )
 
 
 def _death_cause(error: RayActorError) -> str:

@@ -13,7 +13,9 @@ from ray.exceptions import ObjectLostError
 
 from opd_ray.actors.placement_groups import near_driver
 from opd_ray.actors.remote_calls import start_named
-from opd_ray.actors.store_line import StoreLine
+from opd_ray.actors.store_line import FarDesk, StoreLine
+from opd_ray.actors.store_server import StoreServer
+from opd_ray.actors.store_wire import StoreWire
 from opd_ray.config import RunConfig
 from opd_ray.errors import ActorDiedError, PayloadLostError
 from opd_ray.replay.cohort import SampledBatch
@@ -22,6 +24,7 @@ from opd_ray.replay.journal import SlotJournal
 from opd_ray.replay.spill import SpillSpace, settled
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
+from opd_ray.replay.tickets import TicketOffice
 from opd_ray.types import BatchReceipt, Histogram
 
 NAME = "replay-store"
@@ -45,20 +48,24 @@ def store_config(cfg: RunConfig) -> StoreConfig:
     )
 
 
-class ReplayStoreActor(StoreDesk):
-    """The desk of a store, as a Ray actor."""
+class ReplayStoreActor(StoreServer):
+    """The server of a store, as a Ray actor."""
 
-    def __init__(self, config: StoreConfig, spill: SpillSpace | None) -> None:
-        super().__init__(ReplayStore(config, spill=spill))
+    def __init__(self, config: StoreConfig, spill_bytes: int) -> None:
+        def desk(office: TicketOffice) -> StoreDesk:
+            spill = SpillSpace(spill_bytes, office.data, office.make) if spill_bytes else None
+            return StoreDesk(ReplayStore(config, spill=spill), office.data, office.make)
+
+        # References can be awaited; what comes back from a file is the store's own, so it outlives whoever made it.
+        super().__init__(desk, payload_bytes, ray.put)
 
 
-def start_store(cfg: RunConfig) -> Any:
-    """Start the store of a run; returns its handle."""
-    # References can be awaited; what comes back from a file is the store's own, so it outlives whoever made it.
-    spill = SpillSpace(cfg.replay.spill_bytes, payload_bytes, ray.put) if cfg.replay.spill_bytes else None
+def start_store(cfg: RunConfig) -> StoreWire:
+    """Start the store of a run."""
     store_class: Any = ray.remote(ReplayStoreActor)
     options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": near_driver()}
-    return start_named(store_class, NAME, options, (store_config(cfg), spill))
+    handle = start_named(store_class, NAME, options, (store_config(cfg), cfg.replay.spill_bytes))
+    return StoreWire(handle, NAME, ray.kill)
 
 
 async def payload_bytes(ref: Any) -> Any:
@@ -74,18 +81,12 @@ class StoreClient:
 
     When the store dies, a new one goes on from the last committed snapshot and from what was written down here since
     (`replay.journal`), and the call that met the death is made again; at most `faults.max_restarts` times in a run.
-    `start` makes a `StoreDesk`'s handle, `kill` ends it, `put` makes a payload reference of a `pyarrow.Buffer`.
+    `start` starts a store, and gives its desk.
     """
 
-    def __init__(
-        self,
-        cfg: RunConfig,
-        start: Callable[[RunConfig], Any] = start_store,
-        kill: Callable[[Any], None] = ray.kill,
-        put: Callable[[Any], Any] = ray.put,
-    ) -> None:
+    def __init__(self, cfg: RunConfig, start: Callable[[RunConfig], FarDesk] = start_store) -> None:
         self._cfg = cfg
-        self._start, self._kill, self._put = start, kill, put
+        self._start = start
         self._line = self._connect()
         self._mending = asyncio.Lock()
         self._journal = SlotJournal()
@@ -111,8 +112,7 @@ class StoreClient:
     async def append(self, receipt: BatchReceipt, payload: Any) -> None:
         """Hand over scored trajectories."""
         slots = [trajectory.slot for trajectory in receipt.trajectories]
-        # In a list, so that Ray hands the reference on and not the payload. What `sample` gave out meanwhile has
-        # landed, whatever became of this answer.
+        # What `sample` gave out meanwhile has landed, whatever became of this answer.
         await self._call("append", receipt, [payload], again=lambda: slots[0] in self._journal.in_flight)
         self._journal.landed(slots)
 
@@ -150,9 +150,7 @@ class StoreClient:
         while num_slots is None:
             # A store that died over it comes back with other slots, from the mark before.
             mark = self._journal.mark()
-            num_slots = await self._call(
-                "release_and_snapshot", slots, policy_version, folder, payload_bytes, again=lambda: False
-            )
+            num_slots = await self._call("release_and_snapshot", slots, policy_version, folder, again=lambda: False)
         self._journal.released(slots)
         self._uncommitted = (mark, num_slots)
 
@@ -189,7 +187,7 @@ class StoreClient:
 
     async def restore(self, folder: Path, policy_version: int) -> dict[int, str | None]:
         """Go on from a snapshot in a store that was not used; returns the slots in flight with their prompts' ids."""
-        num_given = await self._call("restore", folder, self._put)
+        num_given = await self._call("restore", folder)
         pending: dict[int, str | None] = await self._call("pending")
         self._journal = SlotJournal(num_given, pending)
         self._snapshot = folder
@@ -198,7 +196,7 @@ class StoreClient:
 
     def start_again(self) -> None:
         """End the store, and start an empty one that knows of nothing."""
-        self._kill(self._line.handle)
+        self._line.desk.close()
         self._line = self._connect()
         self._journal = SlotJournal()
         self._snapshot = self._uncommitted = None
@@ -206,7 +204,7 @@ class StoreClient:
 
     def shutdown(self) -> None:
         """End the store."""
-        self._kill(self._line.handle)
+        self._line.desk.close()
 
     def _connect(self) -> StoreLine:
         return StoreLine(self._start(self._cfg), NAME, self._cfg.deadline_s)
@@ -239,7 +237,7 @@ class StoreClient:
                     await self.before_going_on()
                     death = await self._recover(line)
                 except BaseException:
-                    self._kill(line.handle)
+                    line.desk.close()
                     raise
                 if death is None:
                     self._line = line
@@ -250,7 +248,7 @@ class StoreClient:
         """Tell a new store of what went before; its death if it died over that."""
         since = self._journal.since(self._learner_version, self._learner_version)
         try:
-            await line.call("recover", since, self._snapshot, self._put)
+            await line.call("recover", since, self._snapshot)
         except ActorDiedError as error:
             return error
         # What was assigned meanwhile went to the dead store.

@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Collection
-from typing import Any
+from collections.abc import Awaitable, Collection, Sequence
+from typing import Any, Protocol
 
 from opd_ray.actors.remote_calls import remote_result
 from opd_ray.errors import ActorDiedError
-from opd_ray.replay.desk import ACQUIRE, Call, Reply
+from opd_ray.replay.desk import ACQUIRE, FETCHING, PUTTING, Call, Reply
 
-_SLOW = ("release_and_snapshot", "snapshot", "restore", "recover")
-"""They read or write files: no other call waits for them."""
+
+class FarDesk(Protocol):
+    """A `StoreDesk` in another process: what is handed over arrives in that order; awaited, it gives the reply."""
+
+    def do(self, calls: Sequence[Call]) -> Awaitable[Reply]:
+        """See `StoreDesk.do`."""
+        ...
+
+    def relieve(self) -> Awaitable[Reply]:
+        """See `StoreDesk.relieve`."""
+        ...
+
+    def close(self) -> None:
+        """End the store; whoever waits for a reply gets `ActorDiedError`."""
+        ...
 
 
 class StoreLine:
     """Calls of one store actor, which reach it in the order in which they were made.
 
     `call` raises what the store raised, `DeadlineError` when a message has no reply in time, and
-    `ActorDiedError` when the actor died, also for the calls that wait there. `handle` is a `StoreDesk` as a Ray actor.
+    `ActorDiedError` when the actor died, also for the calls that wait there.
     """
 
-    def __init__(self, handle: Any, name: str, deadline_s: float) -> None:
-        self.handle = handle
+    def __init__(self, desk: FarDesk, name: str, deadline_s: float) -> None:
+        self.desk = desk
         self._name = name
         self._deadline_s = deadline_s
         self._numbers = itertools.count()
@@ -38,7 +51,8 @@ class StoreLine:
         """Send a call with those that are made in this turn of the event loop; returns its answer."""
         if self._error is not None:
             raise self._error
-        if method in _SLOW:
+        # They read or write files: no other call waits for them.
+        if method in (*FETCHING, *PUTTING):
             return await self._call_alone(method, args)
         future = self._add(method, args)
         if not self._is_due:
@@ -52,7 +66,7 @@ class StoreLine:
         future = self._add(method, args)
         calls, self._outbox = self._outbox, []
         try:
-            await self._finish(self.handle.do.remote(calls), [call.number for call in calls])
+            await self._finish(self.desk.do(calls), [call.number for call in calls])
         finally:
             self._open.pop(calls[-1].number, None)
         return future.result()
@@ -79,7 +93,7 @@ class StoreLine:
         if self._outbox:
             calls, self._outbox = self._outbox, []
             # Sent here and not in the task, which starts later: order is kept.
-            self._follow(self.handle.do.remote(calls), [call.number for call in calls])
+            self._follow(self.desk.do(calls), [call.number for call in calls])
 
     def _follow(self, ref: Awaitable[Reply], numbers: Collection[int]) -> asyncio.Task[None]:
         message = asyncio.create_task(self._finish(ref, numbers))
@@ -109,7 +123,7 @@ class StoreLine:
         if reply.wants_relief and not self._is_relieving:
             self._is_relieving = True
             acquiring = [number for number, (method, _) in self._open.items() if method == ACQUIRE]
-            self._follow(self.handle.relieve.remote(), acquiring).add_done_callback(self._relieved)
+            self._follow(self.desk.relieve(), acquiring).add_done_callback(self._relieved)
 
     def _relieved(self, _: asyncio.Task[None]) -> None:
         self._is_relieving = False

@@ -1,25 +1,29 @@
 """The store's end of the line to its driver: several calls in one message, and some that are answered later.
 
-A call of a Ray actor costs either side about a millisecond of processor time, more than what the store does with it,
-and a call that waits is two of them: one there, one back when its time has come. So the driver sends what it has to say
-in one turn of its event loop as one message, and `acquire_slots` and `sample`, which wait for others, are kept here and
-answered with the first message after which they can go on. Nothing is missed by that: the store changes only by what
-it is told, and it has one driver. `actors.store_line` is the driver's end.
+A message costs either side more than what the store does with it, and a call that waits is two of them: one there, one
+back when its time has come. So the driver sends what it has to say in one turn of its event loop as one message, and
+`acquire_slots` and `sample`, which wait for others, are kept here and answered with the first message after which they
+can go on. Nothing is missed by that: the store changes only by what it is told, and it has one driver.
+`actors.store_line` is the driver's end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from opd_ray.errors import OpdError, StoreError
-from opd_ray.replay.spill import settled
+from opd_ray.replay.spill import as_is, settled
 from opd_ray.replay.store import NOT_YET, ReplayStore
 
-ACQUIRE, SAMPLE = "acquire_slots", "sample"
+ACQUIRE, SAMPLE, APPEND = "acquire_slots", "sample", "append"
 WAITING = (SAMPLE, ACQUIRE)
 """In the order in which they are looked at: a sample's sweep makes room."""
+FETCHING = ("snapshot", "release_and_snapshot")
+"""They look into payloads; the desk adds `fetch` to their arguments."""
+PUTTING = ("restore", "recover")
+"""They make payloads of files; the desk adds `put` to their arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +53,16 @@ class Reply:
 
 
 class StoreDesk:
-    """Takes the messages of one driver to a store; a plain class on one event loop, as the store is."""
+    """Takes the messages of one driver to a store; a plain class on one event loop, as the store is.
 
-    def __init__(self, store: ReplayStore) -> None:
+    `fetch` and `put` are what `ReplayStore.snapshot` and `ReplayStore.restore` need of payload references.
+    """
+
+    def __init__(
+        self, store: ReplayStore, fetch: Callable[[Any], Any] = as_is, put: Callable[[Any], Any] = as_is
+    ) -> None:
         self._store = store
+        self._added = dict.fromkeys(FETCHING, (fetch,)) | dict.fromkeys(PUTTING, (put,))
         self._waiting: dict[int, Call] = {}
 
     async def do(self, calls: Sequence[Call]) -> Reply:
@@ -81,7 +91,8 @@ class StoreDesk:
 
     async def _answer(self, call: Call) -> Answer:
         try:
-            return Answer(call.number, await settled(getattr(self._store, call.method)(*call.args)))
+            args = (*call.args, *self._added.get(call.method, ()))
+            return Answer(call.number, await settled(getattr(self._store, call.method)(*args)))
         except OpdError as error:
             return Answer(call.number, error=error)
 

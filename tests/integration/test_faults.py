@@ -29,11 +29,15 @@ def killer(kind: str, steps: list[SampledBatch]) -> tuple[Hook, Hook]:
     """Hooks that look up a process of `kind` before the training, and kill it after the second step."""
     found: list[int] = []
 
+    def store_of(groups: Groups) -> Any:
+        desk: Any = groups.store._line.desk
+        return desk.handle
+
     async def look_up(groups: Groups, controller: Controller) -> None:
         actors = {
             "rollout": groups.rollout.workers,
             "teacher": groups.teacher.workers,
-            "store": [groups.store._line.handle],
+            "store": [store_of(groups)],
             "learner": groups.learner.workers[-1:],
         }[kind]
         found.append(await process_of(actors[0]))

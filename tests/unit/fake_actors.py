@@ -11,7 +11,7 @@ import itertools
 import json
 import random
 import weakref
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from opd_ray.controller import Controller, Groups, Outputs
 from opd_ray.data.source import PromptSource
 from opd_ray.errors import ActorDiedError, ActorError, PayloadLostError
 from opd_ray.replay.cohort import SampledBatch
-from opd_ray.replay.desk import StoreDesk
+from opd_ray.replay.desk import Call, Reply, StoreDesk
 from opd_ray.replay.store import ReplayStore
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints
 from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
@@ -117,6 +117,24 @@ class Handle:
             raise ActorDiedError(f"actor {self._name} died (killed): start again")
 
         return Method(mortal)
+
+
+class FarHandle:
+    """A store's desk (`StoreDesk`) behind a handle."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+
+    def do(self, calls: Sequence[Call]) -> Awaitable[Reply]:
+        reply: Awaitable[Reply] = self.handle.do.remote(calls)
+        return reply
+
+    def relieve(self) -> Awaitable[Reply]:
+        reply: Awaitable[Reply] = self.handle.relieve.remote()
+        return reply
+
+    def close(self) -> None:
+        self.handle.kill()
 
 
 class World:
@@ -296,7 +314,7 @@ class Run:
         self.teachers = FakeTeachers("teacher", cfg.deadline_s, limit)
         self.teachers.begin(self.world, cfg.teacher.num_workers)
         self.learner = FakeLearner(self.world, limit)
-        self.store = StoreClient(cfg, self._start_store, lambda handle: handle.kill(), lambda payload: payload)
+        self.store = StoreClient(cfg, self._start_store)
         source = PromptSource(
             [Prompt(id=str(i), problem="1+1=") for i in range(self.num_prompts)], 0, cfg.data.epochs or None
         )
@@ -312,10 +330,10 @@ class Run:
             Outputs(self._step_done, self._go_back, checkpoints),
         )
 
-    def _start_store(self, cfg: RunConfig) -> Handle:
+    def _start_store(self, cfg: RunConfig) -> FarHandle:
         self.stores.append(ReplayStore(store_config(cfg)))
         self.handles.append(Handle(StoreDesk(self.stores[-1]), "replay-store"))
-        return self.handles[-1]
+        return FarHandle(self.handles[-1])
 
     def _step_done(self, step: int, batch: SampledBatch, metrics: Mapping[str, Any]) -> None:
         self.steps.append((step, metrics))

@@ -14,7 +14,7 @@ from opd_ray.replay.desk import Call, Reply, StoreDesk
 from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
-from tests.unit.fake_actors import Handle
+from tests.unit.fake_actors import FarHandle, Handle
 from tests.unit.replay.store_driver import receipt
 from tests.unit.scenario import run
 
@@ -40,7 +40,7 @@ class CountingDesk(StoreDesk):
 def line_to(store: ReplayStore, deadline_s: float = 20.0) -> tuple[StoreLine, CountingDesk, Handle]:
     desk = CountingDesk(store)
     handle = Handle(desk, "replay-store")
-    return StoreLine(handle, "replay-store", deadline_s), desk, handle
+    return StoreLine(FarHandle(handle), "replay-store", deadline_s), desk, handle
 
 
 def test_calls_made_together_are_one_message_and_a_posted_one_goes_with_the_next() -> None:
@@ -67,7 +67,7 @@ def test_a_call_that_stands_alone_goes_after_those_before_it(tmp_path: Path) -> 
         second = asyncio.create_task(line.call("state"))
         await asyncio.sleep(0)
         line.post("assign", (0, 1), ["a", "b"])
-        await line.call("snapshot", tmp_path / "snapshot", bytes)
+        await line.call("snapshot", tmp_path / "snapshot")
         await asyncio.gather(first, second)
         assert desk.messages == [["acquire_slots"], ["state", "assign"], ["snapshot"]]
 
@@ -139,7 +139,7 @@ def test_what_reads_or_writes_files_keeps_nobody_waiting() -> None:
         line, desk, _ = line_to(store)
         written = asyncio.Event()
 
-        async def snapshot() -> int:
+        async def snapshot(fetch: object) -> int:
             await written.wait()
             return 5
 
