@@ -22,17 +22,17 @@ import numpy as np
 import torch
 
 from benchmarks.machine import machine, spread
-from opd_ray.actors.learner.spec import LearnerSpec, rank_batches
-from opd_ray.actors.learner.step_report import RankReport
-from opd_ray.actors.teacher import TeacherSpec, TeacherWorker
-from opd_ray.actors.tokenization import load_tokenizer, tokenizer_fingerprint
-from opd_ray.choices import Dtype, GateKind, LogprobDtype, ObjectiveKind, Support, Template
-from opd_ray.config import GateConfig, LearnerConfig, ObjectiveConfig
+from opd_ray.config.choices import Dtype, GateKind, LogprobDtype, ObjectiveKind, Support, Template
+from opd_ray.config.schema import GateConfig, LearnerConfig, ObjectiveConfig
 from opd_ray.data.packing import plan_microbatches
-from opd_ray.replay.codec import decode, encode_rollouts
+from opd_ray.learner.spec import LearnerSpec, rank_batches
+from opd_ray.learner.step_report import RankReport
+from opd_ray.models.tokenization import load_tokenizer, tokenizer_fingerprint
 from opd_ray.replay.cohort import SampledBatch
-from opd_ray.replay.rows import RolloutRow, scored_rows
-from opd_ray.replay.schema import BatchSpec
+from opd_ray.teacher.worker import TeacherSpec, TeacherWorker
+from opd_ray.trajectory.codec import decode, encode_rollouts
+from opd_ray.trajectory.rows import RolloutRow, scored_rows
+from opd_ray.trajectory.schema import BatchSpec
 from opd_ray.types import BatchReceipt, Prompt, SampleInfo
 
 VARIANTS = {
@@ -107,7 +107,7 @@ def scored_payload(args: argparse.Namespace) -> Any:
 
 def train(args: argparse.Namespace, variant: str, payload: Any) -> list[RankReport]:
     """One fresh visit and the second visits of a variant."""
-    from opd_ray.actors.learner.trainer import Trainer
+    from opd_ray.learner.trainer import Trainer
 
     objective, gate = VARIANTS[variant]
     spec = LearnerSpec(

@@ -27,13 +27,13 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from benchmarks.machine import check, finish, machine
-from opd_ray.actors.cluster_probe import this_machine
+from opd_ray.cluster.probe import this_machine
 from opd_ray.main import conf_dir
 from opd_ray.plan import PlanConfig
 from opd_ray.planning.amounts import expected
 from opd_ray.planning.model_files import read_shape
 from opd_ray.planning.whole_plan import make_plan
-from opd_ray.sources import model_path
+from opd_ray.training.sources import model_path
 
 MIB = 2**20
 EVERY_S = 0.2

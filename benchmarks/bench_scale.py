@@ -37,7 +37,7 @@ from benchmarks.scale_model import on_paper
 from benchmarks.scale_parts import parts
 from benchmarks.scale_probe import quantiles
 from benchmarks.scale_run import Cluster, Scenario, TimedStore, run
-from opd_ray.config import RunConfig
+from opd_ray.config.schema import RunConfig
 
 SMALL = Sizes(RESPONSE_TOKENS, payload_bytes=4096)
 REAL = Sizes(RESPONSE_TOKENS, payload_bytes=0)

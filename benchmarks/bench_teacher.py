@@ -32,12 +32,12 @@ import pyarrow as pa
 
 from benchmarks.machine import check, finish, machine, spread
 from benchmarks.teacher_scorers import Work, make_scorer
-from opd_ray.actors.group import MALLOC_ENV
-from opd_ray.choices import Dtype, Template
-from opd_ray.replay.codec import decode, encode_rollouts
-from opd_ray.replay.columns import row_views
-from opd_ray.replay.rows import RolloutRow, scored_rows
-from opd_ray.replay.schema import BatchSpec
+from opd_ray.cluster.worker_group import MALLOC_ENV
+from opd_ray.config.choices import Dtype, Template
+from opd_ray.trajectory.codec import decode, encode_rollouts
+from opd_ray.trajectory.columns import row_views
+from opd_ray.trajectory.rows import RolloutRow, scored_rows
+from opd_ray.trajectory.schema import BatchSpec
 from opd_ray.types import Prompt
 
 SCORERS = ("opd_ray", "vllm_dict", "vllm_flat")
@@ -71,7 +71,7 @@ def make_work(args: argparse.Namespace, dtype: Dtype) -> tuple[Work, dict[str, A
     """The workload in the real tokenizer's tokens, and what to say of it."""
     from transformers import AutoConfig
 
-    from opd_ray.actors.tokenization import PromptTokenizer, load_tokenizer, tokenizer_fingerprint
+    from opd_ray.models.tokenization import PromptTokenizer, load_tokenizer, tokenizer_fingerprint
 
     tokenizer: Any = load_tokenizer(args.model)
     encoder = PromptTokenizer(tokenizer, Template.completion, args.model)

@@ -32,8 +32,8 @@ from typing import Any
 
 from benchmarks.machine import check, machine, spread
 from benchmarks.trl_sides import ROOT, Run, TrlOptions, make_config, run_ours, run_trl
-from opd_ray.config import RunConfig
-from opd_ray.config_checks import announcements
+from opd_ray.config.checks import announcements
+from opd_ray.config.schema import RunConfig
 
 
 @dataclass(frozen=True, slots=True)

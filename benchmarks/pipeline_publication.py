@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pipeline_runs import quartiles
-from opd_ray.actors import weights
-from opd_ray.actors.learner.group import LearnerGroup, LearnerWorker
-from opd_ray.actors.learner.spec import ROLE as LEARNER
-from opd_ray.actors.learner.spec import LearnerSpec
-from opd_ray.actors.rollout import ROLE as ROLLOUT
-from opd_ray.actors.rollout import RolloutGroup, RolloutSpec, RolloutWorker
-from opd_ray.choices import Dtype
-from opd_ray.config import RunConfig
+from opd_ray.config.choices import Dtype
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ActorError
+from opd_ray.learner.group import LearnerGroup, LearnerWorker
+from opd_ray.learner.spec import ROLE as LEARNER
+from opd_ray.learner.spec import LearnerSpec
+from opd_ray.models import weights
 from opd_ray.planning.placement import Share, plan_resources
+from opd_ray.rollout.worker import ROLE as ROLLOUT
+from opd_ray.rollout.worker import RolloutGroup, RolloutSpec, RolloutWorker
 from opd_ray.types import LoadReceipt, Prompt, RolloutRequest, WeightsReceipt
 
 DEADLINE_S = 300.0

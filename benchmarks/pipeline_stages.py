@@ -19,20 +19,20 @@ import ray
 
 from benchmarks.machine import check
 from benchmarks.pipeline_runs import quartiles
-from opd_ray.actors.group import WorkerGroup
-from opd_ray.actors.learner.group import LearnerGroup
-from opd_ray.actors.learner.spec import RankBatch
-from opd_ray.actors.learner.step_report import RankReport
-from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import StoreClient
-from opd_ray.actors.teacher import TeacherGroup
-from opd_ray.actors.weights import WeightBucket
-from opd_ray.config import RunConfig
-from opd_ray.controller import Controller, Groups, Outputs
+from opd_ray.cluster.worker_group import WorkerGroup
+from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
+from opd_ray.learner.group import LearnerGroup
+from opd_ray.learner.spec import RankBatch
+from opd_ray.learner.step_report import RankReport
+from opd_ray.models.weights import WeightBucket
 from opd_ray.planning.placement import Share
 from opd_ray.replay.cohort import SampledBatch
+from opd_ray.rollout.worker import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoints
+from opd_ray.teacher.worker import TeacherGroup
+from opd_ray.training.controller import Controller, Groups, Outputs
 from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
 
 NUM_STAGES = 3

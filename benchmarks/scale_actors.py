@@ -17,7 +17,7 @@ import ray
 from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
 
 if TYPE_CHECKING:
-    from opd_ray.actors.learner.step_report import RankReport
+    from opd_ray.learner.step_report import RankReport
 
 # Ids and float16 log-probs of 32 support ids, and 12 bytes for the sampled token; a rollout has 8 of the latter.
 SCORED_BYTES_PER_TOKEN = 205
@@ -149,7 +149,7 @@ class FakeRank:
 
     def train_step(self, batch: Any, refs: Sequence[Any]) -> RankReport:
         """The report of a step, once its payloads are here."""
-        from opd_ray.actors.learner.step_report import RankReport
+        from opd_ray.learner.step_report import RankReport
 
         ray.get(list(refs))
         members = [index for microbatch in batch.microbatches for index in microbatch]

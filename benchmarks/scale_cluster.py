@@ -11,11 +11,11 @@ import ray
 
 from benchmarks.scale_actors import FakeEngine, FakeRank, FakeTeacher, Sizes
 from benchmarks.scale_run import Cluster
-from opd_ray.actors.group import WorkerGroup
-from opd_ray.actors.learner.group import LearnerGroup
-from opd_ray.actors.remote_calls import start_named
-from opd_ray.actors.rollout import RolloutGroup
-from opd_ray.actors.teacher import TeacherGroup
+from opd_ray.cluster.remote_calls import start_named
+from opd_ray.cluster.worker_group import WorkerGroup
+from opd_ray.learner.group import LearnerGroup
+from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.teacher.worker import TeacherGroup
 
 RESPONSE_TOKENS = 16_384
 DEADLINE_S = 900.0

@@ -12,15 +12,15 @@ from typing import Any
 
 from benchmarks.machine import spread
 from benchmarks.scale_probe import Lag, Probe, Usage, object_store, quantiles
-from opd_ray.actors.learner.group import LearnerGroup
-from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import StoreClient
-from opd_ray.actors.teacher import TeacherGroup
-from opd_ray.config import RunConfig
-from opd_ray.controller import Controller, Groups, Outputs
+from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
+from opd_ray.learner.group import LearnerGroup
 from opd_ray.replay.cohort import SampledBatch
+from opd_ray.rollout.worker import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoints
+from opd_ray.teacher.worker import TeacherGroup
+from opd_ray.training.controller import Controller, Groups, Outputs
 from opd_ray.types import Prompt
 
 NEVER = 1_000_000

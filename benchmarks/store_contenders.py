@@ -17,11 +17,11 @@ import numpy as np
 import ray
 
 from benchmarks.store_workload import ARRAYS, Sums, Workload, make_rows, read
-from opd_ray.actors.group import MALLOC_ENV, worker_env
-from opd_ray.actors.remote_calls import remote_result
 from opd_ray.actors.store import StoreClient
-from opd_ray.choices import LogprobDtype
-from opd_ray.config import ReplayConfig, RunConfig
+from opd_ray.cluster.remote_calls import remote_result
+from opd_ray.cluster.worker_group import MALLOC_ENV, worker_env
+from opd_ray.config.choices import LogprobDtype
+from opd_ray.config.schema import ReplayConfig, RunConfig
 from opd_ray.planning.placement import Share
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.types import BatchReceipt, TrajectoryReceipt
@@ -87,8 +87,8 @@ class StoreProducer:
     """Stands for rollout engine and teacher: numpy arrays to a scored Arrow batch."""
 
     def __init__(self, work: Workload, logprob_dtype: LogprobDtype, sampled_logprob_dtype: LogprobDtype) -> None:
-        from opd_ray.replay.rows import RolloutRow
-        from opd_ray.replay.schema import BatchSpec
+        from opd_ray.trajectory.rows import RolloutRow
+        from opd_ray.trajectory.schema import BatchSpec
 
         self._dtypes = (sampled_logprob_dtype, logprob_dtype)
         self._spec = BatchSpec(
@@ -104,8 +104,8 @@ class StoreProducer:
 
     def produce(self, slots: tuple[int, ...], version: int) -> tuple[Any, BatchReceipt]:
         """Hops 3 and 5: a payload, whose responses end at a policy version, and its receipt."""
-        from opd_ray.actors.teacher import rounded
-        from opd_ray.replay.codec import add_teacher_columns, decode, encode_rollouts
+        from opd_ray.teacher.worker import rounded
+        from opd_ray.trajectory.codec import add_teacher_columns, decode, encode_rollouts
 
         begun = time.monotonic()
         versions = np.array([version, version], dtype=np.int64)
@@ -155,8 +155,8 @@ class StoreConsumer:
 
     def read_payloads(self, batch: SampledBatch, payloads: Sequence[Any]) -> Sums:
         """The sampled trajectories of the payloads."""
-        from opd_ray.replay.codec import decode
-        from opd_ray.replay.rows import training_rows
+        from opd_ray.trajectory.codec import decode
+        from opd_ray.trajectory.rows import training_rows
 
         decoded = [training_rows(decode(payload)) for payload in payloads]
         trajectories = [decoded[payload][row] for payload, row in batch.rows]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from opd_ray.choices import Dtype, LogprobDtype, Template
-from opd_ray.replay.codec import add_teacher_columns, decode
-from opd_ray.replay.columns import row_views
-from opd_ray.replay.schema import BatchSpec
+from opd_ray.config.choices import Dtype, LogprobDtype, Template
+from opd_ray.trajectory.codec import add_teacher_columns, decode
+from opd_ray.trajectory.columns import row_views
+from opd_ray.trajectory.schema import BatchSpec
 from opd_ray.types import BatchReceipt, Prompt
 
 # Padded tokens in one forward pass, and tokens in one step of vLLM: for both more than a batch here needs.
@@ -42,7 +42,7 @@ class OurScorer:
     """The teacher worker, in this process."""
 
     def __init__(self, work: Work) -> None:
-        from opd_ray.actors.teacher import TeacherSpec, TeacherWorker
+        from opd_ray.teacher.worker import TeacherSpec, TeacherWorker
 
         self._work = work
         self._worker = TeacherWorker(
@@ -77,7 +77,7 @@ class VllmScorer:
     def __init__(self, work: Work, flat: bool, compiled: bool) -> None:
         from vllm import LLM, SamplingParams
 
-        from opd_ray.actors.tokenization import PromptTokenizer, load_tokenizer
+        from opd_ray.models.tokenization import PromptTokenizer, load_tokenizer
 
         self._work = work
         self._flat = flat

@@ -17,13 +17,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from benchmarks.trl_cpu_time import CpuClock
-from opd_ray.actors.tokenization import PromptTokenizer, load_tokenizer
-from opd_ray.config import RunConfig
+from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
 from opd_ray.evaluation.grading import Completion
 from opd_ray.evaluation.scoring import score
 from opd_ray.main import conf_dir, to_run_config
-from opd_ray.sources import evaluation_problems, model_path, training_prompts
+from opd_ray.models.tokenization import PromptTokenizer, load_tokenizer
+from opd_ray.training.sources import evaluation_problems, model_path, training_prompts
 from opd_ray.types import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from opd_ray.committed_folder import committed_folder
 from opd_ray.comparison.groups import NUM_RESAMPLES, compare_runs
+from opd_ray.comparison.page import as_html, as_markdown, as_text
+from opd_ray.comparison.plots import curve_picture, score_picture
+from opd_ray.comparison.record import Comparison, as_json
 from opd_ray.errors import DataError, OpdError
-from opd_ray.report.comparison_page import as_html, as_markdown, as_text
-from opd_ray.report.comparison_plots import curve_picture, score_picture
-from opd_ray.report.comparison_record import Comparison, as_json
+from opd_ray.storage.committed_folder import committed_folder
 
 PAGE_FILE, MARKDOWN_FILE, JSON_FILE = "comparison.html", "comparison.md", "comparison.json"
 _OWN_FILE = re.compile(r"comparison\.(html|md|json|png)|curves-[0-9]+\.png")

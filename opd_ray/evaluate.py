@@ -5,8 +5,8 @@ pass@1 to pass@n, avg@n and intervals, with every sample kept as Parquet; ``reco
 
 from __future__ import annotations
 
-from opd_ray.judge.evaluate_config import EvaluateConfig, check_evaluate_config
 from opd_ray.main import Composed, command, register_benchmarks
+from opd_ray.training.evaluate_config import EvaluateConfig, check_evaluate_config
 
 
 def evaluate_model(found: Composed[EvaluateConfig]) -> None:
@@ -15,11 +15,11 @@ def evaluate_model(found: Composed[EvaluateConfig]) -> None:
     check_evaluate_config(cfg)
     # ray and pyarrow are imported late, so that --help and --cfg job answer at once.
     if cfg.recompute:
-        from opd_ray.judge.recompute import recompute
+        from opd_ray.training.recompute import recompute
 
         recompute(cfg.recompute, cfg.verification, show_progress=cfg.progress)
     else:
-        from opd_ray.judge.session import run_evaluation
+        from opd_ray.training.evaluation_session import run_evaluation
 
         run_evaluation(cfg, found.yaml)
 

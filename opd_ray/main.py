@@ -24,8 +24,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opd_ray.config import RunConfig
-from opd_ray.config_checks import check_config
+from opd_ray.config.checks import check_config
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ConfigError, OpdError
 from opd_ray.run.resume import finished_run
 
@@ -104,7 +104,7 @@ def train(found: Composed[RunConfig]) -> None:
         sys.stderr.write(f"opd_ray: note: skipped, {complete} is complete (resume=never runs it again)\n")
         return
     # ray is imported late, so that --help and --cfg job answer at once.
-    from opd_ray.session import run_session
+    from opd_ray.training.session import run_session
 
     run_session(found.cfg, found.yaml, found.values)
 

@@ -12,12 +12,12 @@ import logging
 import sys
 from dataclasses import dataclass, field
 
-from opd_ray.config import RunConfig, ranged
-from opd_ray.config_checks import check_config
+from opd_ray.config.checks import check_config
+from opd_ray.config.schema import RunConfig, ranged
 from opd_ray.main import Composed, command
 from opd_ray.planning.cluster import Cluster, Hardware, described
 from opd_ray.planning.model_files import read_shape
-from opd_ray.sources import model_path
+from opd_ray.training.sources import model_path
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,7 +66,7 @@ def _cluster(hardware: HardwareConfig) -> Cluster:
                 gpu_gib=hardware.gpu_gib,
             )
         )
-    from opd_ray.actors.cluster_probe import connected, ray_cluster, this_machine
+    from opd_ray.cluster.probe import connected, ray_cluster, this_machine
 
     logging.getLogger("opd_ray").setLevel(logging.WARNING)
     with connected() as is_connected:

@@ -11,12 +11,12 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError
 
-from opd_ray.actors.placement_groups import near_driver
-from opd_ray.actors.remote_calls import start_named
 from opd_ray.actors.store_line import FarDesk, StoreLine
 from opd_ray.actors.store_server import StoreServer
 from opd_ray.actors.store_wire import StoreWire
-from opd_ray.config import RunConfig
+from opd_ray.cluster.placement import near_driver
+from opd_ray.cluster.remote_calls import start_named
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ActorDiedError, PayloadLostError
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.replay.desk import StoreDesk

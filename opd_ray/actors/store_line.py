@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Awaitable, Collection, Sequence
 from typing import Any, Protocol
 
-from opd_ray.actors.remote_calls import remote_result
+from opd_ray.cluster.remote_calls import remote_result
 from opd_ray.errors import ActorDiedError
 from opd_ray.replay.desk import ACQUIRE, FETCHING, PUTTING, Call, Reply
 

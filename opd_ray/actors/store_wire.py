@@ -10,8 +10,8 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from opd_ray.actors.remote_calls import actor_failed, remote_result
 from opd_ray.actors.store_frames import Failure, Message, Response, Wanted, frame, read_record
+from opd_ray.cluster.remote_calls import actor_failed, remote_result
 from opd_ray.errors import ActorDiedError, ActorError, OpdError
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.replay.desk import APPEND, Answer, Call, Reply

@@ -1,4 +1,4 @@
-"""Compare runs by variant over seeds: reads their folders, gives the figures of `report.comparison_record`.
+"""Compare runs by variant over seeds: reads their folders, gives the figures of `comparison.record`.
 
 As a library, for a study: ``as_json(compare_runs([Path("runs")]))``.
 """
@@ -10,11 +10,8 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from opd_ray.comparison.scores import ScoreBook, score_book
-from opd_ray.errors import DataError
-from opd_ray.evaluation.significance import ALPHA, holm
-from opd_ray.report import variants
-from opd_ray.report.comparison_record import (
+from opd_ray.comparison import variants
+from opd_ray.comparison.record import (
     MEAN,
     Comparison,
     ConditionResult,
@@ -25,10 +22,13 @@ from opd_ray.report.comparison_record import (
     VariantResult,
     families,
 )
-from opd_ray.report.run_figures import curves_of, figures_of, read_figures
-from opd_ray.report.run_record import RunRecord, find_runs, read_run
-from opd_ray.report.run_samples import RunSamples, read_run_samples
-from opd_ray.report.variants import Group
+from opd_ray.comparison.run_figures import curves_of, figures_of, read_figures
+from opd_ray.comparison.run_record import RunRecord, find_runs, read_run
+from opd_ray.comparison.run_samples import RunSamples, read_run_samples
+from opd_ray.comparison.scores import ScoreBook, score_book
+from opd_ray.comparison.variants import Group
+from opd_ray.errors import DataError
+from opd_ray.evaluation.significance import ALPHA, holm
 
 NUM_RESAMPLES = 10_000
 

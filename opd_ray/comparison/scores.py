@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opd_ray.comparison.record import MEAN, Difference, Estimate, Relation, Verdict
+from opd_ray.comparison.run_figures import answer_figures
+from opd_ray.comparison.run_samples import BenchmarkCounts, RunSamples
+from opd_ray.comparison.variants import differing
 from opd_ray.evaluation.pass_at_k import pass_at_k
 from opd_ray.evaluation.seed_bootstrap import SeedInterval, seed_bootstrap
 from opd_ray.evaluation.significance import ALPHA, MAX_SEEDS, seeds_needed, smallest_difference, t_quantile
-from opd_ray.report.comparison_record import MEAN, Difference, Estimate, Relation, Verdict
-from opd_ray.report.run_figures import answer_figures
-from opd_ray.report.run_samples import BenchmarkCounts, RunSamples
-from opd_ray.report.variants import differing
 
 MAX_K = 8
 """k of pass@k where the problems have that many samples, as in the paper."""

@@ -10,8 +10,8 @@ import logging
 import sys
 from pathlib import Path
 
-from opd_ray.committed_folder import committed_folder
 from opd_ray.errors import ModelError, OpdError
+from opd_ray.storage.committed_folder import committed_folder
 
 logger = logging.getLogger(__name__)
 

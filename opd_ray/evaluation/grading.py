@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from opd_ray.choices import AnswerFormat, Template
+from opd_ray.config.choices import AnswerFormat, Template
 from opd_ray.errors import DataError
 from opd_ray.evaluation.answers import extract, reference, verdict
 from opd_ray.evaluation.verdict import Verdict

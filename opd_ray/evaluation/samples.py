@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opd_ray.choices import AnswerFormat
+from opd_ray.config.choices import AnswerFormat
 from opd_ray.errors import DataError
 from opd_ray.evaluation.grading import GradedSample
 from opd_ray.evaluation.verdict import Verdict

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opd_ray.choices import AnswerFormat
+from opd_ray.config.choices import AnswerFormat
 from opd_ray.evaluation.bootstrap import bootstrap_interval
 from opd_ray.evaluation.grading import Completion, GradedSample, grade_exactly, to_samples
 from opd_ray.evaluation.pass_at_k import avg_at_n, pass_at_k

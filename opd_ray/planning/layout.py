@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from opd_ray.choices import PlacementStrategy
+from opd_ray.config.choices import PlacementStrategy
 from opd_ray.planning.amounts import WorkerNeed
 from opd_ray.planning.cluster import Cluster, Node
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from opd_ray.choices import Dtype, Offload, TeacherBackend
-from opd_ray.config import RunConfig
+from opd_ray.config.choices import Dtype, Offload, TeacherBackend
+from opd_ray.config.schema import RunConfig
 from opd_ray.planning.amounts import GIB, WorkerNeed
 from opd_ray.planning.learner_need import LearnerInput, learner_need
 from opd_ray.planning.model_shape import ModelShape

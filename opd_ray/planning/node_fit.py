@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from opd_ray.choices import PlacementStrategy
+from opd_ray.config.choices import PlacementStrategy
 
 _EPS = 1e-6
 

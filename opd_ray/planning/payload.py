@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from opd_ray.choices import Support
-from opd_ray.config import RunConfig
+from opd_ray.config.choices import Support
+from opd_ray.config.schema import RunConfig
 from opd_ray.planning.amounts import Amount, Origin
-from opd_ray.replay.schema import BatchSpec
+from opd_ray.trajectory.schema import BatchSpec
 
 # Bytes of a text cell (prompt id, finish reason), and version segments of a trajectory.
 _TEXT_BYTES = 24

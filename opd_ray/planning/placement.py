@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from opd_ray.config import RunConfig
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ResourceError
 from opd_ray.planning.node_fit import Demand, NodeResources, first_without_room, nodes_text
 

@@ -10,10 +10,10 @@ from opd_ray.planning.amounts import Amount, Origin, WorkerNeed, expected
 from opd_ray.planning.model_shape import ModelShape
 from opd_ray.planning.overheads import CUDA_CONTEXT, CUDA_PROCESS_HOST, ROLLOUT_PROCESS, TEACHER_PROCESS
 
-# Tokens of prompts that vLLM takes in at once: `actors.engine.MIN_PREFILL_TOKENS` on CPU, its own default on a GPU.
+# Tokens of prompts that vLLM takes in at once: `rollout.engine.MIN_PREFILL_TOKENS` on CPU, its own default on a GPU.
 _PREFILL_TOKENS_CPU = 4096
 _PREFILL_TOKENS_GPU = 8192
-# Logits that a teacher holds at once (`actors.teacher_model.MAX_LOGITS`).
+# Logits that a teacher holds at once (`teacher.transformers_backend.MAX_LOGITS`).
 _MAX_LOGITS = 2**25
 _CONTEXT = Amount.possible("CUDA context", CUDA_CONTEXT, "no measurement", Origin.assumed)
 _CUDA_PROCESS = Amount.possible("process", CUDA_PROCESS_HOST, "Python, torch with CUDA", Origin.assumed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from opd_ray.config import RunConfig
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ResourceError
 from opd_ray.planning.cluster import Cluster
 from opd_ray.planning.layout import Seat, lay_out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 
-from opd_ray.choices import ReplayOrder
+from opd_ray.config.choices import ReplayOrder
 from opd_ray.replay.queue import SlotQueue
 from opd_ray.replay.staleness import StoreConfig
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from opd_ray.committed_folder import committed_in_thread, ended_in_thread
 from opd_ray.errors import SnapshotError
 from opd_ray.replay.snapshot import FORMAT, StoreImage
 from opd_ray.replay.spill import Spilled, settled
+from opd_ray.storage.committed_folder import committed_in_thread, ended_in_thread
 
 INDEX = "index.json"
 

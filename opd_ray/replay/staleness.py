@@ -108,7 +108,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opd_ray.choices import ReplayOrder, StalePolicy
+from opd_ray.config.choices import ReplayOrder, StalePolicy
 from opd_ray.errors import ConfigError, StaleBatchError
 
 

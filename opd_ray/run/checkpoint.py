@@ -4,7 +4,7 @@
 
     checkpoints/step-000040/
         checkpoint.json   format, policy version, frontier of the prompts, notes of the session, the run's config
-        learner/          weights, optimizer, what the gate remembers (`actors.learner.learner_state`)
+        learner/          weights, optimizer, what the gate remembers (`learner.learner_state`)
         store/            ready rows, what was in flight, the books (`replay.snapshot`)
         student/          the student for transformers and vLLM
 
@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opd_ray.committed_folder import committed_in_thread
 from opd_ray.errors import CheckpointError, OpdError
+from opd_ray.storage.committed_folder import committed_in_thread
 
 FORMAT = 1
 FOLDER = "checkpoints"

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from opd_ray.config import RunConfig
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import CheckpointError
 from opd_ray.run.checkpoint import Checkpoint, latest_checkpoint
 from opd_ray.run.folder import CONFIG_FILE, RunFolder, run_folders

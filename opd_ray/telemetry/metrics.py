@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import SupportsFloat
 
-from opd_ray.telemetry.json_lines import JsonLines
+from opd_ray.storage.json_lines import JsonLines
 from opd_ray.types import Histogram
 
 METRICS_FILE = "metrics.jsonl"

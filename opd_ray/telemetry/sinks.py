@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-from opd_ray.choices import WandbMode
+from opd_ray.config.choices import WandbMode
 from opd_ray.telemetry.metrics import Metric, checked_metrics
 from opd_ray.types import Histogram
 

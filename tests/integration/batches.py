@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from opd_ray.actors.scoring_model import pad_rows
-from opd_ray.choices import GateKind, ObjectiveKind
-from opd_ray.config import RunConfig
+from opd_ray.config.choices import GateKind, ObjectiveKind
+from opd_ray.config.schema import RunConfig
+from opd_ray.models.loading import pad_rows
 from opd_ray.objective import block_segments, newline_segments, sampled_token_loss
-from opd_ray.replay.codec import add_teacher_columns, decode, encode_rollouts
-from opd_ray.replay.rows import RolloutRow, ScoredRow, scored_rows
-from opd_ray.replay.schema import BatchSpec
+from opd_ray.trajectory.codec import add_teacher_columns, decode, encode_rollouts
+from opd_ray.trajectory.rows import RolloutRow, ScoredRow, scored_rows
+from opd_ray.trajectory.schema import BatchSpec
 from opd_ray.types import SampleInfo
 
 VOCAB = 40

@@ -12,18 +12,18 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
-from opd_ray.actors.learner.group import LearnerGroup
-from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import StoreClient
-from opd_ray.actors.teacher import TeacherGroup
-from opd_ray.config import RunConfig
-from opd_ray.controller import Controller, Groups, Outputs
+from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
+from opd_ray.learner.group import LearnerGroup
 from opd_ray.main import conf_dir, to_run_config
 from opd_ray.planning.placement import Share
 from opd_ray.replay.cohort import SampledBatch
+from opd_ray.rollout.worker import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints
-from opd_ray.sources import training_prompts
+from opd_ray.teacher.worker import TeacherGroup
+from opd_ray.training.controller import Controller, Groups, Outputs
+from opd_ray.training.sources import training_prompts
 
 SMALL = [
     "num_steps=2",

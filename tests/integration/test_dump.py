@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd_ray.actors.scoring_model import pad_rows
-from opd_ray.actors.tokenization import load_tokenizer
-from opd_ray.replay.codec import decode
-from opd_ray.replay.rows import scored_rows
+from opd_ray.models.loading import pad_rows
+from opd_ray.models.tokenization import load_tokenizer
 from opd_ray.run.trajectory_dump import DUMP_FOLDER, DumpedVisit, dump_entries, read_visits
+from opd_ray.trajectory.codec import decode
+from opd_ray.trajectory.rows import scored_rows
 from tests.integration.test_learner import LENGTHS, config_of, losses, two_batches, with_zero
 from tests.integration.variants import VariantGroup
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import ray
 
-from opd_ray.actors.rollout import RolloutGroup, RolloutSpec, RolloutWorker
-from opd_ray.actors.weights import WeightBucket, combined_checksum, pack_buckets
-from opd_ray.choices import OnNewWeights
+from opd_ray.config.choices import OnNewWeights
 from opd_ray.errors import ActorError, WeightSyncError
-from opd_ray.replay.codec import decode
-from opd_ray.replay.rows import RolloutRow, rollout_rows
+from opd_ray.models.weights import WeightBucket, combined_checksum, pack_buckets
+from opd_ray.rollout.worker import RolloutGroup, RolloutSpec, RolloutWorker
+from opd_ray.trajectory.codec import decode
+from opd_ray.trajectory.rows import RolloutRow, rollout_rows
 from opd_ray.types import LoadReceipt, Prompt, RolloutRequest, WeightsReceipt
 from tests.integration.conftest import save_random_model
 from tests.integration.runs import NO_SHARE, small_config
@@ -98,7 +98,7 @@ class ObservedWorker(RolloutWorker):
 
     async def load_twice(self, first: WeightsReceipt, second: WeightsReceipt, *buckets: WeightBucket) -> Any:
         """Two loads at once while requests run; the first one's checksum takes long. Tokens before and after it."""
-        from opd_ray.actors import weights
+        from opd_ray.models import weights
 
         fast = weights.combined_checksum
         tokens: list[int] = []

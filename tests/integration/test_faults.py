@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from opd_ray.controller import Controller, Groups
 from opd_ray.errors import DeadlineError
 from opd_ray.replay.cohort import SampledBatch
+from opd_ray.training.controller import Controller, Groups
 from opd_ray.types import Prompt, RolloutRequest
 from tests.integration.runs import Engines, Hook, RunRecord, small_config, train
 

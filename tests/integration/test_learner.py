@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd_ray.actors.learner.columns import learner_columns
-from opd_ray.actors.learner.step_report import RankReport, step_metrics
-from opd_ray.actors.tokenization import load_tokenizer, newline_token_mask
-from opd_ray.choices import GateKind, Offload
-from opd_ray.config import RunConfig
+from opd_ray.config.choices import GateKind, Offload
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import DivergedError, ModelError, SchemaError
+from opd_ray.learner.columns import learner_columns
+from opd_ray.learner.step_report import RankReport, step_metrics
 from opd_ray.main import conf_dir
-from opd_ray.replay.codec import decode
-from opd_ray.replay.rows import scored_rows
+from opd_ray.models.tokenization import load_tokenizer, newline_token_mask
+from opd_ray.trajectory.codec import decode
+from opd_ray.trajectory.rows import scored_rows
 from opd_ray.types import SampleInfo
 from tests.integration.batches import reference_step, scored_payload, stale_infos, with_only
 from tests.integration.runs import small_config

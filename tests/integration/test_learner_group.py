@@ -14,12 +14,12 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError
 
-from opd_ray.actors.learner.group import LearnerGroup
-from opd_ray.actors.learner.spec import LostTrajectories
-from opd_ray.actors.placement_groups import Placement
-from opd_ray.actors.weights import combined_checksum
-from opd_ray.choices import PlacementStrategy
+from opd_ray.cluster.placement import Placement
+from opd_ray.config.choices import PlacementStrategy
 from opd_ray.errors import ActorDiedError, ResourceError
+from opd_ray.learner.group import LearnerGroup
+from opd_ray.learner.spec import LostTrajectories
+from opd_ray.models.weights import combined_checksum
 from opd_ray.planning.placement import Share
 from opd_ray.replay.cohort import SampledBatch
 from tests.integration.batches import scored_payload, stale_infos

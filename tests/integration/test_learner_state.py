@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_ray.actors.learner.step_report import RankReport
-from opd_ray.choices import Dtype, Offload
-from opd_ray.config import RunConfig
+from opd_ray.config.choices import Dtype, Offload
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import CheckpointError
-from opd_ray.replay.codec import decode
-from opd_ray.replay.rows import scored_rows
+from opd_ray.learner.step_report import RankReport
+from opd_ray.trajectory.codec import decode
+from opd_ray.trajectory.rows import scored_rows
 from opd_ray.types import SampleInfo
 from tests.integration.batches import scored_payload
 from tests.integration.conftest import save_random_model

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import ray
 
-from opd_ray.actors.weights import WeightBucket
-from opd_ray.controller import Controller, Groups
 from opd_ray.errors import WeightSyncError
-from opd_ray.replay.codec import decode
-from opd_ray.replay.rows import rollout_rows, scored_rows
+from opd_ray.models.weights import WeightBucket
+from opd_ray.training.controller import Controller, Groups
+from opd_ray.trajectory.codec import decode
+from opd_ray.trajectory.rows import rollout_rows, scored_rows
 from opd_ray.types import Prompt, RolloutRequest, WeightsReceipt
 from tests.integration.runs import Engines, RunRecord, small_config, train
 

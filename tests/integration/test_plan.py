@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import ray
 
-from opd_ray import session
-from opd_ray.actors import cluster_probe
-from opd_ray.actors.machine import read_machine
+from opd_ray.cluster import probe as cluster_probe
+from opd_ray.cluster.machine import read_machine
 from opd_ray.errors import ResourceError
 from opd_ray.planning.cluster import Cluster, Node
+from opd_ray.training import session
 from tests.integration.runs import small_config
 
 

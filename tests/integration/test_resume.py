@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from opd_ray.actors.learner.group import LearnerGroup
-from opd_ray.actors.learner.step_report import step_metrics
-from opd_ray.config import RunConfig
+from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
+from opd_ray.learner.group import LearnerGroup
+from opd_ray.learner.step_report import step_metrics
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.run.checkpoint import read_checkpoint
-from opd_ray.sources import training_prompts
+from opd_ray.training.sources import training_prompts
 from opd_ray.types import RolloutRequest, SampleInfo
 from tests.integration.runs import NO_SHARE, Engines, small_config, train
 

@@ -14,16 +14,16 @@ import pytest
 import ray
 import torch
 
-from opd_ray.actors.preflight import PreflightSpec, preflight
-from opd_ray.actors.rollout import RolloutGroup
-from opd_ray.actors.scoring_model import load_causal_lm
-from opd_ray.actors.teacher import TeacherGroup
-from opd_ray.choices import Dtype, LogprobDtype
-from opd_ray.config import RunConfig
+from opd_ray.config.choices import Dtype, LogprobDtype
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import SchemaError
-from opd_ray.replay.codec import decode, encode_rollouts
-from opd_ray.replay.rows import RolloutRow, ScoredRow, rollout_rows, scored_rows
-from opd_ray.replay.schema import BatchSpec, read_spec
+from opd_ray.models.loading import load_causal_lm
+from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.teacher.worker import TeacherGroup
+from opd_ray.training.preflight import PreflightSpec, preflight
+from opd_ray.trajectory.codec import decode, encode_rollouts
+from opd_ray.trajectory.rows import RolloutRow, ScoredRow, rollout_rows, scored_rows
+from opd_ray.trajectory.schema import BatchSpec, read_spec
 from opd_ray.types import Prompt, RolloutRequest
 from tests.integration.runs import NO_SHARE, Engines, small_config, train
 

@@ -91,7 +91,12 @@ def call(command: list[str]) -> None:
 def test_the_wheel_holds_the_package_its_configs_models_and_templates(installed: Installed) -> None:
     names = set(zipfile.ZipFile(installed.wheel).namelist())
     expected = {f"opd_ray/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
-    for folder, pattern in (("", "*.py"), ("tiny/assets", "*"), ("report/templates", "*")):
+    for folder, pattern in (
+        ("", "*.py"),
+        ("tiny/assets", "*"),
+        ("report/templates", "*"),
+        ("comparison/templates", "*"),
+    ):
         found = [path for path in (ROOT / "opd_ray" / folder).rglob(pattern) if path.is_file()]
         expected |= {str(path.relative_to(ROOT)) for path in found if "__pycache__" not in path.parts}
     assert expected | {"opd_ray/py.typed"} <= names

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch
 
-from opd_ray.actors.learner.spec import LearnerSpec, RankBatch, rank_batches
-from opd_ray.actors.learner.step_report import RankReport
-from opd_ray.config import RunConfig
+from opd_ray.config.schema import RunConfig
 from opd_ray.data.packing import plan_microbatches
 from opd_ray.errors import CheckpointError
+from opd_ray.learner.spec import LearnerSpec, RankBatch, rank_batches
+from opd_ray.learner.step_report import RankReport
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.types import SampleInfo
 
 if TYPE_CHECKING:
-    from opd_ray.actors.learner.trainer import Trainer
+    from opd_ray.learner.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class VariantWorker:
         }
 
     def run(self, spec: LearnerSpec, steps: Sequence[tuple[RankBatch, Any]], states: States) -> Any:
-        from opd_ray.actors.learner.trainer import Trainer
-        from opd_ray.actors.weights import unpack_bucket
+        from opd_ray.learner.trainer import Trainer
+        from opd_ray.models.weights import unpack_bucket
 
         trainer = Trainer(spec)
         torch.manual_seed(spec.rank)

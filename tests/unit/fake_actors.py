@@ -16,19 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opd_ray.actors.group import WorkerGroup
-from opd_ray.actors.learner.spec import LostTrajectories
-from opd_ray.actors.learner.step_report import RankReport
-from opd_ray.actors.rollout import RolloutGroup
 from opd_ray.actors.store import StoreClient, store_config
-from opd_ray.config import RunConfig
-from opd_ray.controller import Controller, Groups, Outputs
+from opd_ray.cluster.worker_group import WorkerGroup
+from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
 from opd_ray.errors import ActorDiedError, ActorError, PayloadLostError
+from opd_ray.learner.spec import LostTrajectories
+from opd_ray.learner.step_report import RankReport
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.replay.desk import Call, Reply, StoreDesk
 from opd_ray.replay.store import ReplayStore
+from opd_ray.rollout.worker import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints
+from opd_ray.training.controller import Controller, Groups, Outputs
 from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
 
 _NUMBERS = itertools.count()

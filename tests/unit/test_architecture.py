@@ -20,12 +20,12 @@ HEAVY = {"torch", "ray", "vllm", "deepspeed", "transformers", "wandb", "hydra", 
 # What a fresh interpreter may hold of HEAVY after importing a module.
 ALLOWED = {
     "opd_ray": set(),
-    "opd_ray.config": set(),
-    "opd_ray.choices": set(),
+    "opd_ray.config.schema": set(),
+    "opd_ray.config.choices": set(),
     "opd_ray.types": set(),
     "opd_ray.objective": {"torch"},
     "opd_ray.replay.store": {"pyarrow"},
-    "opd_ray.replay.codec": {"pyarrow"},
+    "opd_ray.trajectory.codec": {"pyarrow"},
     "opd_ray.data.prompts": {"pyarrow"},
     "opd_ray.data.packing": set(),
     "opd_ray.evaluation.scoring": set(),
@@ -35,17 +35,17 @@ ALLOWED = {
     "opd_ray.telemetry.ray_metrics": set(),
     "opd_ray.telemetry.progress": set(),
     "opd_ray.report.table": set(),
-    "opd_ray.report.run_samples": {"pyarrow"},
-    "opd_ray.report.comparison_page": {"pyarrow"},
+    "opd_ray.comparison.run_samples": {"pyarrow"},
+    "opd_ray.comparison.page": {"pyarrow"},
     "opd_ray.report.gate_diagnostics": set(),
-    "opd_ray.actors.learner.diagnostics": set(),
+    "opd_ray.learner.diagnostics": set(),
     "opd_ray.tiny.task": set(),
     "opd_ray.main": {"hydra", "omegaconf"},
     "opd_ray.planning.whole_plan": {"pyarrow"},
     "opd_ray.plan": {"hydra", "omegaconf", "pyarrow"},
     "opd_ray.inspect": {"pyarrow"},
     # The driver never imports torch.
-    "opd_ray.session": {"ray", "pyarrow"},
+    "opd_ray.training.session": {"ray", "pyarrow"},
 }
 
 
@@ -63,39 +63,76 @@ def imports_of(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found
 
 
-SIBLINGS = ["objective", "replay", "data", "evaluation", "telemetry", "report", "tiny"]
+ALWAYS = {"types", "errors", "config", "storage"}
+
+# Which packages each package may import beside ALWAYS: arrows point down only.
+ARROWS: dict[str, set[str]] = {
+    "types": set(),
+    "errors": set(),
+    "config": set(),
+    "storage": set(),
+    "objective": set(),
+    "trajectory": set(),
+    "replay": {"trajectory"},
+    "data": set(),
+    "tiny": set(),
+    "telemetry": set(),
+    "run": set(),
+    "evaluation": {"tiny"},
+    "report": {"run"},
+    "comparison": {"evaluation", "report"},
+    "planning": {"trajectory"},
+    "cluster": {"planning"},
+    "models": {"data"},
+    "rollout": {"cluster", "models", "planning", "trajectory", "data", "evaluation"},
+    "teacher": {"cluster", "models", "planning", "trajectory", "data"},
+    "learner": {"cluster", "models", "planning", "trajectory", "data", "objective", "replay", "run"},
+}
+LOWEST = {"types": set(), "errors": set(), "config": {"types", "errors"}, "storage": {"errors"}, "objective": set()}
+VERBS = {"main", "evaluate", "plan", "compare", "inspect", "cli"}
 
 
-@pytest.mark.parametrize("package", SIBLINGS)
-def test_siblings_do_not_know_each_other(package: str) -> None:
-    allowed = {"evaluation": {"tiny"}}.get(package, set())
-    for path in (PACKAGE / package).rglob("*.py"):
-        for other in set(SIBLINGS) - {package} - allowed:
-            assert not any(name.startswith(f"opd_ray.{other}") for name in imports_of(path)), (path, other)
+def package_of(path: Path) -> str:
+    place = path.relative_to(PACKAGE)
+    return place.parts[0] if len(place.parts) > 1 else place.stem
+
+
+def packages_imported(path: Path) -> set[str]:
+    names = [name.split(".") for name in imports_of(path)]
+    return {name[1] for name in names if name[0] == "opd_ray" and len(name) > 1} - {package_of(path)}
+
+
+@pytest.mark.parametrize("package", ARROWS)
+def test_arrows_point_down(package: str) -> None:
+    allowed = LOWEST.get(package, ALWAYS | ARROWS[package])
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if package_of(path) == package:
+            assert packages_imported(path) <= allowed, path
+
+
+def test_every_package_has_its_place() -> None:
+    assert {package_of(path) for path in PACKAGE.rglob("*.py")} == {*ARROWS, *VERBS, "training", "actors", "__init__"}
+
+
+def test_no_package_imports_a_verb() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if package_of(path) not in VERBS:
+            assert not packages_imported(path) & VERBS, path
 
 
 def test_only_the_edges_know_ray_and_hydra() -> None:
     for path in PACKAGE.rglob("*.py"):
         place = path.relative_to(PACKAGE).as_posix()
         roots = {name.split(".")[0] for name in imports_of(path)}
-        may_ray = place.startswith("actors/") or place in ("session.py", "controller.py", "telemetry/ray_metrics.py")
-        assert "ray" not in roots or may_ray, place
+        may_ray = package_of(path) in ("actors", "cluster", "rollout", "teacher", "learner", "training")
+        assert "ray" not in roots or may_ray or place == "telemetry/ray_metrics.py", place
         assert not roots & {"hydra", "omegaconf"} or place == "main.py", place
-
-
-def test_groups_do_not_know_each_other() -> None:
-    roles = {"rollout", "teacher", "learner"}
-    for role in roles:
-        place = PACKAGE / "actors" / role
-        for path in place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")]:
-            for other in roles - {role}:
-                assert not any(name.startswith(f"opd_ray.actors.{other}") for name in imports_of(path)), (path, other)
 
 
 def functions(path: Path) -> list[tuple[str, int]]:

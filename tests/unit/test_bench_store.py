@@ -9,7 +9,7 @@ from benchmarks.bench_store import checks
 from benchmarks.store_contenders import StoreConsumer, StoreProducer, default_bytes
 from benchmarks.store_queues import as_arrays, as_lists
 from benchmarks.store_workload import Workload, is_same, make_rows, read
-from opd_ray.choices import LogprobDtype
+from opd_ray.config.choices import LogprobDtype
 from opd_ray.replay.cohort import SampledBatch
 
 WORK = Workload(trajectories=3, prompt_tokens=2, response_tokens=5, top_k=4)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.bench_vs_trl import quality
 from benchmarks.trl_sides import Run, Step, TrlOptions, make_config, make_job
 from opd_ray.data.source import PromptSource
-from opd_ray.sources import training_prompts
+from opd_ray.training.sources import training_prompts
 
 OPTIONS = TrlOptions(Path("python"), threads=2, accumulation=1, wait_policy="ACTIVE")
 

@@ -17,8 +17,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
-from opd_ray.config import RunConfig
-from opd_ray.config_checks import announcements, check_config
+from opd_ray.config.checks import announcements, check_config
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ConfigError
 from opd_ray.main import conf_dir, to_run_config
 

@@ -11,18 +11,18 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from opd_ray import main
-from opd_ray.actors import engine_group
-from opd_ray.actors.engine_group import EngineGroup
-from opd_ray.choices import AnswerFormat, Dtype, Template
+from opd_ray.config.choices import AnswerFormat, Dtype, Template
 from opd_ray.errors import ActorDiedError, ConfigError, DataError, DeadlineError, ModelError
 from opd_ray.evaluation.grading import Completion, ProblemSet
 from opd_ray.evaluation.samples import SamplesHeader, read_samples, to_graded, write_samples
 from opd_ray.evaluation.verdict import Verdict
 from opd_ray.evaluation.verifier import Verification
-from opd_ray.judge.evaluate_config import EvaluateConfig, check_evaluate_config, engine_config, problem_sets
-from opd_ray.judge.evaluator import SamplesFile, evaluate, judge, problem_set_name
-from opd_ray.judge.judged_model import Results, judged_model
-from opd_ray.judge.recompute import recompute
+from opd_ray.rollout import engine_group
+from opd_ray.rollout.engine_group import EngineGroup
+from opd_ray.training.evaluate_config import EvaluateConfig, check_evaluate_config, engine_config, problem_sets
+from opd_ray.training.evaluated_model import Results, judged_model
+from opd_ray.training.evaluator import SamplesFile, evaluate, judge, problem_set_name
+from opd_ray.training.recompute import recompute
 from opd_ray.types import Prompt
 from tests.unit.fake_actors import Handle, config
 

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OBJECTIVE = """
 import torch
 from types import SimpleNamespace
-from opd_ray.actors.learner.losses import requested_ids, token_losses
-from opd_ray.actors.learner.policy_model import HeadValues
+from opd_ray.learner.losses import requested_ids, token_losses
+from opd_ray.learner.policy_model import HeadValues
 from tests.unit.test_config import composed
 cfg = composed("objective=skew_kl").objective
 teacher = torch.randn(5, 8).log_softmax(-1)

@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
-from opd_ray.config import RunConfig
+from opd_ray.config.schema import RunConfig
 from opd_ray.main import conf_dir, to_run_config
 
 ROOT = Path(__file__).resolve().parents[2]

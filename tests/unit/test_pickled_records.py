@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from ray import cloudpickle
 
-from opd_ray.actors.learner.spec import RankBatch
+from opd_ray.learner.spec import RankBatch
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.types import BatchReceipt, SampleInfo, TrajectoryReceipt
 

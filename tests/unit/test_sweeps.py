@@ -25,14 +25,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from wandb import wandb_agent
 
-from opd_ray.choices import AnswerFormat
-from opd_ray.config import RunConfig
+from opd_ray.config.choices import AnswerFormat
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ActorError, ConfigError
 from opd_ray.evaluation import Completion, score
-from opd_ray.judge.evaluator import evaluation_metrics
 from opd_ray.main import Composed, command, composed, conf_dir, multirun_name, to_run_config, with_plus
 from opd_ray.run.folder import CONFIG_FILE, RunFolder
 from opd_ray.run.resume import finished_run
+from opd_ray.training.evaluator import evaluation_metrics
 from opd_ray.types import Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,7 +169,7 @@ def test_an_agent_starts_the_command_and_every_value_makes_a_valid_run(
 AGENT_RUN = """
 import json, sys
 from pathlib import Path
-from opd_ray.choices import WandbMode
+from opd_ray.config.choices import WandbMode
 from opd_ray.telemetry import WandbSink
 
 sink = WandbSink(WandbMode.auto, "opd_ray", "lsm-tiny-s3", {"seed": 3, "gate": {"tau": 1.0}}, Path(sys.argv[1]))
@@ -363,7 +363,7 @@ def test_a_complete_run_of_the_same_config_is_found(run_config: Callable[..., An
 def test_a_multirun_typed_again_runs_only_what_is_not_complete(
     multirun: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import opd_ray.session
+    import opd_ray.training.session
     from opd_ray.main import train
 
     ran: list[int] = []
@@ -375,7 +375,7 @@ def test_a_multirun_typed_again_runs_only_what_is_not_complete(
         if status == "failed":
             raise ActorError("lost: start again")
 
-    monkeypatch.setattr(opd_ray.session, "run_session", run_session)
+    monkeypatch.setattr(opd_ray.training.session, "run_session", run_session)
     line = ("-m", "+experiment=opd", "seed=0,1")
     assert (multirun(train, *line), ran) == (1, [0, 1])
     assert (multirun(train, *line), ran) == (0, [0, 1, 1])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from opd_ray.comparison.groups import compare_runs
+from opd_ray.comparison.record import Comparison, Difference, Spread
 from opd_ray.errors import DataError
 from opd_ray.evaluation import pass_at_k
 from opd_ray.evaluation.significance import t_quantile
-from opd_ray.report.comparison_record import Comparison, Difference, Spread
 from tests.unit.run_folders import draw_correct, write_after, write_run, write_samples, write_study
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_ray.choices import AnswerFormat
+from opd_ray.config.choices import AnswerFormat
 from opd_ray.data.prompts import read_prompts
 from opd_ray.evaluation.grading import check_problems
 

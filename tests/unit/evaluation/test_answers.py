@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_ray.choices import AnswerFormat
+from opd_ray.config.choices import AnswerFormat
 from opd_ray.evaluation import extract, is_correct
 from opd_ray.evaluation.answers import reference, verdict
 from opd_ray.evaluation.verdict import Verdict

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opd_ray.choices import AnswerFormat
+from opd_ray.config.choices import AnswerFormat
 from opd_ray.errors import DataError
 from opd_ray.evaluation.grading import GradedSample
 from opd_ray.evaluation.samples import (

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from opd_ray.choices import AnswerFormat
+from opd_ray.config.choices import AnswerFormat
 from opd_ray.errors import DataError
 from opd_ray.evaluation import Completion, check_problems, score
 from opd_ray.types import Prompt

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from opd_ray.choices import AnswerFormat
+from opd_ray.config.choices import AnswerFormat
 from opd_ray.errors import VerifierError
 from opd_ray.evaluation import verifier, verifier_worker
 from opd_ray.evaluation.answers import reference

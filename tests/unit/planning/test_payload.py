@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from opd_ray.choices import LogprobDtype, Support
-from opd_ray.config import RunConfig
+from opd_ray.config.choices import LogprobDtype, Support
+from opd_ray.config.schema import RunConfig
 from opd_ray.planning.payload import batch_spec, row_bytes, store_need, traffic
-from opd_ray.replay.codec import add_teacher_columns, decode, encode_rollouts
-from opd_ray.replay.rows import RolloutRow
+from opd_ray.trajectory.codec import add_teacher_columns, decode, encode_rollouts
+from opd_ray.trajectory.rows import RolloutRow
 
 PROMPT, RESPONSE = 70, 600
 

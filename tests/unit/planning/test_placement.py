@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_ray.choices import PlacementStrategy
-from opd_ray.config import RunConfig
+from opd_ray.config.choices import PlacementStrategy
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ResourceError
 from opd_ray.planning.node_fit import Demand, NodeResources, first_without_room, nodes_text
 from opd_ray.planning.placement import ResourcePlan, plan_resources

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from opd_ray.actors import cluster_probe
-from opd_ray.actors.machine import read_machine
+from opd_ray.cluster import probe as cluster_probe
+from opd_ray.cluster.machine import read_machine
 from opd_ray.main import conf_dir
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
-from opd_ray.choices import PlacementStrategy
-from opd_ray.config import RunConfig
+from opd_ray.config.choices import PlacementStrategy
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ConfigError, ResourceError
 from opd_ray.main import conf_dir, to_run_config
 from opd_ray.planning.amounts import GIB
@@ -19,7 +19,7 @@ from opd_ray.planning.cluster import Cluster, Hardware, Node, described
 from opd_ray.planning.layout import lay_out
 from opd_ray.planning.model_files import read_shape
 from opd_ray.planning.whole_plan import Plan, make_plan
-from opd_ray.sources import model_path
+from opd_ray.training.sources import model_path
 
 A800 = Hardware(nodes=1, cpus_per_node=64, memory_gib=512, gpus_per_node=8, gpu_gib=79)
 LAPTOP = Hardware(nodes=1, cpus_per_node=2, memory_gib=24, gpus_per_node=0, gpu_gib=0)

@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 
-from opd_ray.replay.codec import add_teacher_columns, decode, encode_rollouts
-from opd_ray.replay.rows import RolloutRow
-from opd_ray.replay.schema import BatchSpec
-from opd_ray.replay.versions import version_segments
+from opd_ray.trajectory.codec import add_teacher_columns, decode, encode_rollouts
+from opd_ray.trajectory.rows import RolloutRow
+from opd_ray.trajectory.schema import BatchSpec
+from opd_ray.trajectory.versions import version_segments
 
 Arrays = list[np.ndarray]
 

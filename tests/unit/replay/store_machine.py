@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from opd_ray.choices import ReplayOrder, StalePolicy
+from opd_ray.config.choices import ReplayOrder, StalePolicy
 from opd_ray.replay.journal import SlotJournal
 from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from opd_ray.choices import StalePolicy
+from opd_ray.config.choices import StalePolicy
 from opd_ray.replay.lengths import EDGES, LengthReport
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.telemetry.metrics import checked_metrics

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_ray.choices import ReplayOrder, StalePolicy
+from opd_ray.config.choices import ReplayOrder, StalePolicy
 from opd_ray.errors import ConfigError, StaleBatchError
 from opd_ray.replay.cohort import StoredTrajectory
 from opd_ray.replay.queue import SlotQueue

@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from opd_ray.choices import ReplayOrder, StalePolicy
+from opd_ray.config.choices import ReplayOrder, StalePolicy
 from opd_ray.errors import LedgerError, SnapshotError, StoreError
-from opd_ray.replay.codec import decode
-from opd_ray.replay.schema import BatchSpec
 from opd_ray.replay.snapshot_files import INDEX
 from opd_ray.replay.staleness import StoreConfig
+from opd_ray.trajectory.codec import decode
+from opd_ray.trajectory.schema import BatchSpec
 from tests.unit.replay.batches import FINGERPRINT, scored_buffer
 from tests.unit.replay.store_driver import WaitingStore, at_once, receipt
 

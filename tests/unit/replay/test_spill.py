@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_ray.choices import ReplayOrder, StalePolicy
+from opd_ray.config.choices import ReplayOrder, StalePolicy
 from opd_ray.errors import StoreError
 from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig

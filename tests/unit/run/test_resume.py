@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_ray.config import RunConfig
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import CheckpointError, RunFolderError
 from opd_ray.run.checkpoint import INDEX, Checkpoints, latest_checkpoint
 from opd_ray.run.folder import RunFolder

@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from opd_ray.choices import WandbMode
-from opd_ray.config import TelemetryConfig
+from opd_ray.config.choices import WandbMode
+from opd_ray.config.schema import TelemetryConfig
 from opd_ray.errors import DataError, RunFolderError
 from opd_ray.run.folder import RunFolder
-from opd_ray.run.outputs import RunOutputs
 from opd_ray.run.trajectory_dump import (
     DUMP_FOLDER,
     VERSION_KEY,
@@ -26,6 +25,7 @@ from opd_ray.run.trajectory_dump import (
     write_dump,
 )
 from opd_ray.telemetry.progress import Progress
+from opd_ray.training.outputs import RunOutputs
 from tests.unit.dumped import SETTINGS, made_visit
 
 PIECES = ["6", " times", " 7", "\n", "", "é", " is 42"]

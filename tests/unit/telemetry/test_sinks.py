@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from opd_ray.choices import WandbMode
+from opd_ray.config.choices import WandbMode
 from opd_ray.telemetry import Sinks, WandbSink
 from opd_ray.telemetry.metrics import Metric
 from opd_ray.telemetry.sinks import has_wandb_login, resolve_wandb_mode
@@ -203,7 +203,7 @@ def test_the_real_library_offline_is_quiet_and_stays_in_the_run_folder(tmp_path:
     pytest.importorskip("wandb")
     code = (
         "import pathlib, sys\n"
-        "from opd_ray.choices import WandbMode\n"
+        "from opd_ray.config.choices import WandbMode\n"
         "from opd_ray.telemetry import WandbSink\n"
         "from opd_ray.types import Histogram\n"
         "sink = WandbSink(WandbMode.offline, 'p', 'r', {'a': {'b': 1}}, pathlib.Path(sys.argv[1]))\n"

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from opd_ray.actors.learner.columns import learner_columns
-from opd_ray.actors.learner.microbatch import make_microbatch
-from opd_ray.choices import GateKind, ObjectiveKind, TauMode
-from opd_ray.config import GateConfig, ObjectiveConfig
+from opd_ray.config.choices import GateKind, ObjectiveKind, TauMode
+from opd_ray.config.schema import GateConfig, ObjectiveConfig
 from opd_ray.errors import SchemaError
-from opd_ray.replay.codec import add_teacher_columns, decode, encode_rollouts
-from opd_ray.replay.rows import RolloutRow, TrainingRow, training_rows
-from opd_ray.replay.schema import BatchSpec
+from opd_ray.learner.columns import learner_columns
+from opd_ray.learner.microbatch import make_microbatch
+from opd_ray.trajectory.codec import add_teacher_columns, decode, encode_rollouts
+from opd_ray.trajectory.rows import RolloutRow, TrainingRow, training_rows
+from opd_ray.trajectory.schema import BatchSpec
 from opd_ray.types import SampleInfo
 
 ALWAYS = {"prompt_token_ids", "response_token_ids", "behavior_logprobs", "teacher_logprobs"}

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_ray.actors.learner.diagnostics import Metrics, ProbeFacts, SegmentFacts, StepDiagnostics, TokenFacts
-from opd_ray.actors.learner.distribution import (
+from opd_ray.learner.diagnostics import Metrics, ProbeFacts, SegmentFacts, StepDiagnostics, TokenFacts
+from opd_ray.learner.distribution import (
     DRIFT_EDGES,
     UNIT_EDGES,
     WEIGHT_EDGES,

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from opd_ray.actors.learner import group as learner_group
-from opd_ray.actors.learner.group import LearnerGroup
-from opd_ray.actors.learner.spec import LostTrajectories, RankBatch
 from opd_ray.errors import ActorDiedError, ActorError, DivergedError, LearnerLostError, OpdError
+from opd_ray.learner import group as learner_group
+from opd_ray.learner.group import LearnerGroup
+from opd_ray.learner.spec import LostTrajectories, RankBatch
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.types import SampleInfo
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd_ray.actors.learner.optimizer_shards import MASTER, Fragment
-from opd_ray.actors.learner.saved_shards import SavedShards
-from opd_ray.actors.learner.state_files import (
+from opd_ray.errors import CheckpointError
+from opd_ray.learner.optimizer_shards import MASTER, Fragment
+from opd_ray.learner.saved_shards import SavedShards
+from opd_ray.learner.state_files import (
     INDEX,
     RankPart,
     StateIndex,
@@ -23,7 +24,6 @@ from opd_ray.actors.learner.state_files import (
     write_index,
     write_tensors,
 )
-from opd_ray.errors import CheckpointError
 
 SIZES = {"a": 7, "b": 1, "c": 12}
 FULL = {

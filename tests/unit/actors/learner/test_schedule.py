@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from opd_ray.actors.learner.schedule import lr_factor
-from opd_ray.choices import LrSchedule
+from opd_ray.config.choices import LrSchedule
+from opd_ray.learner.schedule import lr_factor
 
 
 def factors(schedule: LrSchedule, warmup_steps: int, num_steps: int) -> list[float]:

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from opd_ray.actors.learner.diagnostics import SegmentFacts, StepDiagnostics, TokenFacts
-from opd_ray.actors.learner.step_report import RankReport, step_metrics
 from opd_ray.errors import DivergedError
+from opd_ray.learner.diagnostics import SegmentFacts, StepDiagnostics, TokenFacts
+from opd_ray.learner.step_report import RankReport, step_metrics
 
 
 def diagnostics(gate: float, num_tokens: int, weight_scale: float) -> StepDiagnostics:

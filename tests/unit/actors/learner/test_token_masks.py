@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from opd_ray.actors.learner.token_masks import TokenMasks
-from opd_ray.choices import MaskRule
+from opd_ray.config.choices import MaskRule
 from opd_ray.errors import ModelError
+from opd_ray.learner.token_masks import TokenMasks
 
 UNKNOWN = 9
 

@@ -1,0 +1,1 @@
+"""Ray: groups of workers, placement, remote calls, and what the cluster has."""

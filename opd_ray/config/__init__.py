@@ -1,0 +1,1 @@
+"""The configuration of a run: schema, the names that keys may take, and checks."""

@@ -1,0 +1,127 @@
+"""What a learner rank is told: its part of the config, and its part of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opd_ray.config.schema import GateConfig, LearnerConfig, ObjectiveConfig, RunConfig
+from opd_ray.data.packing import Plan
+from opd_ray.replay.cohort import SampledBatch
+from opd_ray.types import SampleInfo, info_values
+
+ROLE = "learner"
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerSpec:
+    """A rank's part of the config."""
+
+    name: str
+    rank: int
+    num_ranks: int
+    model_path: str
+    learner: LearnerConfig
+    objective: ObjectiveConfig
+    gate: GateConfig
+    reuse: int
+    num_steps: int
+    publish_dtype: str
+    threads: int
+    seed: int
+    probe_positions: int
+    dump_folder: str = ""
+
+    @classmethod
+    def of(  # noqa: PLR0913  (the public surface)
+        cls, cfg: RunConfig, rank: int, model_path: str, threads: int, dump_folder: str = ""
+    ) -> LearnerSpec:
+        """The part of `cfg` for one rank that trains the student of `model_path`.
+
+        `dump_folder`, which all ranks share, takes in the trajectories that are dumped; empty = nowhere.
+        """
+        return cls(
+            name=f"{ROLE}-{rank}",
+            rank=rank,
+            num_ranks=cfg.learner.num_ranks,
+            model_path=model_path,
+            learner=cfg.learner,
+            objective=cfg.objective,
+            gate=cfg.gate,
+            reuse=cfg.replay.reuse,
+            num_steps=cfg.num_steps,
+            publish_dtype=cfg.student.dtype.name,
+            threads=threads,
+            seed=cfg.seed,
+            probe_positions=cfg.telemetry.probe_positions,
+            dump_folder=dump_folder if cfg.telemetry.dump_trajectories else "",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LostTrajectories:
+    """The answer of a step that was not made: the payloads of these slots are gone with a node."""
+
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankBatch:
+    """One rank's part of a step: its microbatches, as places in the step's batch (an empty one is a placeholder).
+
+    `rows` and `infos` are by place, the rank's own only: ``rows[i]`` is (payload, row within it), payloads being
+    counted as they are handed to `train_step`. Of the whole step a rank is told whether it `is_fresh`, all trajectories
+    of it, and the slots at their last visit, or lost before it. `policy_version` is the learner's before the step.
+    `dumped` are the rank's own places whose trajectories are dumped.
+    """
+
+    microbatches: tuple[tuple[int, ...], ...]
+    rows: Mapping[int, tuple[int, int]]
+    infos: Mapping[int, SampleInfo]
+    is_fresh: bool
+    last_visits: tuple[int, ...]
+    policy_version: int
+    dumped: tuple[int, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As of a `BatchReceipt`.
+        infos = {place: info_values(info) for place, info in self.infos.items()}
+        rest = (self.is_fresh, self.last_visits, self.policy_version, self.dumped)
+        return _rank_batch, (self.microbatches, self.rows, infos, *rest)
+
+
+def _rank_batch(microbatches: Any, rows: Any, infos: Mapping[int, tuple[Any, ...]], *rest: Any) -> RankBatch:
+    return RankBatch(microbatches, rows, {place: SampleInfo(*values) for place, values in infos.items()}, *rest)
+
+
+def rank_batches(  # noqa: PLR0913  (the public surface)
+    batch: SampledBatch, plan: Plan, policy_version: int, reuse: int, num_dumped: int = 0, lost: Sequence[int] = ()
+) -> list[tuple[RankBatch, list[Any]]]:
+    """Each rank's part of `batch`, as `plan` says, with the references of the payloads that it needs.
+
+    `lost` are slots of earlier batches that do not come again.
+    """
+    dumped = dumped_places(len(batch.infos), num_dumped)
+    is_fresh = all(info.is_fresh for info in batch.infos)
+    last_visits = (*(info.slot for info in batch.infos if info.visits >= reuse), *lost)
+    parts = []
+    for microbatches in plan:
+        places = [place for members in microbatches for place in members]
+        number: dict[int, int] = {}
+        rows = {place: (number.setdefault(batch.rows[place][0], len(number)), batch.rows[place][1]) for place in places}
+        infos = {place: batch.infos[place] for place in places}
+        own = tuple(place for place in dumped if place in rows)
+        part = RankBatch(microbatches, rows, infos, is_fresh, last_visits, policy_version, own)
+        parts.append((part, [batch.refs[payload] for payload in number]))
+    return parts
+
+
+def dumped_places(num_trajectories: int, num_dumped: int) -> tuple[int, ...]:
+    """The places of a step's batch that are dumped: evenly spread over it, which is in order of slot number.
+
+    They depend on nothing that is random or measured, so a run's second visit shows the trajectories of its first, and
+    so does the same run with another seed, gate or objective; neighbours, samples of one prompt, are avoided.
+    """
+    count = min(num_dumped, num_trajectories)
+    return tuple(number * num_trajectories // count for number in range(count))

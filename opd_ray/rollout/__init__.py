@@ -1,0 +1,1 @@
+"""Rollout workers: vLLM engines that sample from the student and load new weights."""

@@ -1,0 +1,1 @@
+"""Files that survive a crash: committed folders and append-only JSON lines."""

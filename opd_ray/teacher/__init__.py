@@ -1,0 +1,1 @@
+"""Teacher workers: score sampled tokens with top-K log-probs."""

@@ -1,0 +1,253 @@
+"""The learner loop: one optimizer step a turn, its weights published, its trajectories given back.
+
+The learner's version runs ahead of the published one only between two visits of a batch in lock-step: no engine samples
+then, and nothing would see the weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from opd_ray.actors.store import StoreClient
+from opd_ray.config.choices import GateKind
+from opd_ray.config.schema import RunConfig
+from opd_ray.errors import ActorDiedError, LearnerLostError
+from opd_ray.learner.diagnostics import Metrics
+from opd_ray.learner.group import LearnerGroup
+from opd_ray.learner.spec import LostTrajectories
+from opd_ray.learner.step_report import RankReport, step_metrics
+from opd_ray.replay.cohort import SampledBatch
+from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.run.checkpoint import LEARNER, STORE, STUDENT, Checkpoint, CheckpointDraft, Checkpoints
+from opd_ray.training.workload import GroupLoad, pipeline_metrics
+from opd_ray.types import Histogram, LoadReceipt
+
+Frontier = Callable[[], AbstractAsyncContextManager[dict[str, Any]]]
+StepDone = Callable[[SampledBatch, Metrics], Awaitable[None]]
+
+_T = TypeVar("_T")
+
+logger = logging.getLogger("opd_ray")
+
+
+@dataclass(slots=True)
+class RunTotals:
+    """What the summary tells of the training part."""
+
+    steps: int = 0
+    trained_tokens: int = 0
+    lost_trajectories: int = 0
+    wall_s: float = 0.0
+
+
+class LearnerLoop:
+    """Trains on what the store has, until `num_steps` are done or no batch can be had any more."""
+
+    def __init__(  # noqa: PLR0913  (what a loop joins)
+        self,
+        cfg: RunConfig,
+        groups: tuple[LearnerGroup, RolloutGroup],
+        store: StoreClient,
+        loads: Mapping[str, GroupLoad],
+        checkpoints: Checkpoints,
+        totals: RunTotals,
+    ) -> None:
+        self._cfg = cfg
+        self._learner, self._engines = groups
+        self._store = store
+        self._loads = loads
+        self._checkpoints = checkpoints
+        self._support_alarm = False
+        self._at_work = asyncio.Lock()
+        self._published_version = -1
+        self._next_batch: asyncio.Task[SampledBatch | None] | None = None
+        self._totals = totals
+        self.policy_version = 0
+
+    async def run(self, frontier: Frontier, step_done: StepDone) -> None:
+        """One optimizer step a turn; woken by `store.append`.
+
+        `frontier` stops the prompts for a checkpoint; `step_done` takes each step's batch and metrics.
+        """
+        try:
+            while self.policy_version < self._cfg.num_steps and await self._turn(frontier, step_done):
+                pass
+        finally:
+            if self._next_batch is not None:
+                self._next_batch.cancel()
+        await self.publish()
+
+    async def _turn(self, frontier: Frontier, step_done: StepDone) -> bool:
+        """One optimizer step; False when there is no batch for it any more."""
+        begun = time.monotonic()
+        batch = await (self._next_batch or self._store.sample(self.policy_version))
+        self._next_batch = None
+        if batch is None:
+            return False
+        waited = time.monotonic() - begun
+        trained, metrics = await self._train(batch)
+        if trained is None:
+            await self._give_up(batch)
+            return True
+        async with self._checkpoints.draft(self.policy_version) as draft:
+            metrics |= await self._publish_and_release(batch, trained, frontier, draft)
+            metrics["time/wait_for_batch_s"] = waited
+            step_s = time.monotonic() - begun
+            metrics["time/step_s"] = step_s
+            metrics["time/tokens_per_s"] = sum(info.num_response_tokens for info in trained.infos) / step_s
+            await step_done(trained, metrics)
+        if draft is not None:
+            self._store.snapshot_committed(draft.committed / STORE)
+        return True
+
+    async def go_on_from(self, checkpoint: Checkpoint | None) -> None:
+        """Start from a checkpoint's learner (None: from the model as it is), and give its weights to all engines.
+
+        Raises `CheckpointError` when the learner's state is missing, damaged or of another model.
+        """
+        if checkpoint is not None:
+            await self._ask(self._learner.load_state(checkpoint.learner))
+            self.policy_version = self._totals.steps = checkpoint.policy_version
+        await self.publish()
+        self._store.before_going_on = self._publish_all
+
+    async def _publish_and_release(
+        self, batch: SampledBatch, trained: SampledBatch, frontier: Frontier, draft: CheckpointDraft | None
+    ) -> Metrics:
+        """After a step on what was left of `batch`."""
+        metrics: Metrics = {}
+        visits = max(info.visits for info in batch.infos)
+        # A checkpoint may find that the rest of a cohort is lost, and then rollout goes on at once.
+        if self._cfg.replay.max_staleness > 0 or visits >= self._cfg.replay.reuse or draft is not None:
+            metrics |= await self.publish()
+        if draft is not None:
+            metrics["time/checkpoint_s"] = await self._release_into(draft, batch, frontier)
+        # Called together they are one message to the store, and the next batch is there when this step is written down.
+        release = self._store.release(batch.slots, self.policy_version) if draft is None else _nothing()
+        if draft is None and self.policy_version < self._cfg.num_steps:
+            self._next_batch = asyncio.create_task(self._store.sample(self.policy_version))
+        _, state, lengths = await asyncio.gather(release, self._store.state(), self._store.lengths())
+        return metrics | pipeline_metrics(self._loads) | _batch_metrics(trained, state, lengths)
+
+    async def _train(self, batch: SampledBatch) -> tuple[SampledBatch | None, Metrics]:
+        """One optimizer step on what of `batch` is there; what was trained on (None: all of it is lost)."""
+        begun = time.monotonic()
+        with self._loads["learner"].call(0, len(batch.slots)):
+            while isinstance(answer := await self._try_to_train(batch), LostTrajectories):
+                left = batch.without(answer.slots)
+                self._totals.lost_trajectories += len(batch.slots) - len(left.slots)
+                logger.warning(
+                    "step %d: %d of %d trajectories are gone with a node; it goes on with the others",
+                    self.policy_version + 1,
+                    len(batch.slots) - len(left.slots),
+                    len(batch.slots),
+                )
+                await self._store.lose(answer.slots)
+                batch = left
+                if not batch.slots:
+                    return None, {}
+        return batch, self._counted(answer, begun)
+
+    async def _try_to_train(self, batch: SampledBatch) -> list[RankReport] | LostTrajectories:
+        # Not held while the store is called: a store that is mended waits for `publish`.
+        async with self._at_work:
+            answer = await self._ask(self._learner.train_step(batch, self.policy_version))
+            if not isinstance(answer, LostTrajectories):
+                self.policy_version += 1
+                self._store.stepped(batch)
+            return answer
+
+    async def _give_up(self, batch: SampledBatch) -> None:
+        """Nothing of a batch is left: no step is made on it.
+
+        In lock-step the engines may be visits behind: what they sample for the next batch would be too old.
+        """
+        await self.publish()
+        await self._store.give_up(batch, self.policy_version)
+
+    def _counted(self, reports: list[RankReport], begun: float) -> Metrics:
+        metrics = step_metrics(
+            reports,
+            is_gated=self._cfg.gate.kind is not GateKind.off,
+            min_support_mass=self._cfg.telemetry.min_support_mass,
+        )
+        self._warn_of_support(metrics)
+        num_tokens = sum(report.num_tokens for report in reports)
+        self._loads["learner"].done(time.monotonic() - begun, num_tokens)
+        self._totals.steps = self.policy_version
+        self._totals.trained_tokens += num_tokens
+        metrics["faults/lost_trajectories"] = float(self._totals.lost_trajectories)
+        return metrics
+
+    async def _release_into(self, draft: CheckpointDraft, batch: SampledBatch, frontier: Frontier) -> float:
+        """Give the batch back, with the store and the learner of this instant in the draft; returns the seconds."""
+        begun = time.monotonic()
+        await self._ask(self._learner.save_state(draft.part(LEARNER)))
+        await self._ask(self._learner.save(draft.folder / STUDENT))
+        async with frontier() as reached:
+            await self._store.release_into(draft.folder / STORE, batch.slots, self.policy_version)
+            draft.frontier = reached
+        return time.monotonic() - begun
+
+    async def publish(self) -> Metrics:
+        """Hop 12: hand the learner's weights to all engines, and wait until each confirmed version and checksum."""
+        # A store that is mended asks for it at any time, also in the middle of a step.
+        async with self._at_work:
+            if self._published_version == self.policy_version:
+                return {}
+            begun = time.monotonic()
+            receipt, buckets = await self._ask(self._learner.export(self.policy_version))
+            loaded: list[LoadReceipt] = await self._engines.publish(receipt, buckets)
+            self._published_version = self.policy_version
+        return {
+            "time/publish_s": time.monotonic() - begun,
+            "publish/bytes": float(receipt.num_bytes),
+            "publish/standstill_s/max": max((engine.standstill_s for engine in loaded), default=0.0),
+            "publish/aborted_tokens": float(sum(engine.num_aborted_tokens for engine in loaded)),
+        }
+
+    async def _publish_all(self) -> None:
+        await self.publish()
+
+    async def _ask(self, answer: Awaitable[_T]) -> _T:
+        """What the learner gives back; raises `LearnerLostError` if one of its ranks died."""
+        try:
+            return await answer
+        except ActorDiedError as error:
+            raise LearnerLostError(str(error)) from error
+
+    def _warn_of_support(self, metrics: Metrics) -> None:
+        """Say once that the loss looks at too little of the student's distribution."""
+        if metrics.get("support/alarm") == 1.0 and not self._support_alarm:
+            self._support_alarm = True
+            logger.warning(
+                "step %d: the student's mean mass on the support is %.3f, below telemetry.min_support_mass=%g: what it "
+                "does outside is invisible to the loss; raise teacher.top_k, or choose an objective with a tail",
+                self.policy_version,
+                metrics["support/student_mass/mean"],
+                self._cfg.telemetry.min_support_mass,
+            )
+
+
+async def _nothing() -> None:
+    return
+
+
+def _batch_metrics(batch: SampledBatch, state: Mapping[str, int], lengths: Mapping[str, float | Histogram]) -> Metrics:
+    staleness = [info.staleness for info in batch.infos]
+    return {
+        "replay/staleness/max": float(max(staleness)),
+        "replay/staleness/mean": sum(staleness) / len(staleness),
+        "replay/visits/max": float(max(info.visits for info in batch.infos)),
+        "replay/age_s/max": max(info.age_s for info in batch.infos),
+        "rollout/response_tokens/mean": sum(i.num_response_tokens for i in batch.infos) / len(batch.infos),
+        **{f"replay/{name}": float(value) for name, value in state.items()},
+        # What was trained and what was dropped, by response length: a store that drops the long ones shows here.
+        **{f"replay/{name}": value for name, value in lengths.items()},
+    }

@@ -1,0 +1,199 @@
+"""The rollout loop: prompts become scored trajectories in the store, as many at a time as the store admits.
+
+A worker that dies takes no prompt with it: its request goes to another one, and a new actor takes its place meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from opd_ray.actors.store import StoreClient
+from opd_ray.cluster.worker_group import WorkerGroup
+from opd_ray.config.schema import RunConfig
+from opd_ray.data.source import PromptSource
+from opd_ray.errors import ActorDiedError, PayloadLostError
+from opd_ray.training.task_pool import TaskPool
+from opd_ray.training.workload import GroupLoad
+from opd_ray.types import BatchReceipt, Prompt, RolloutRequest
+
+WORKER_DIED = "worker_died"
+END_OF_DATA = "end_of_data"
+
+logger = logging.getLogger("opd_ray")
+
+
+class RolloutLoop:
+    """Starts a request whenever the store has room for it, and sees each through: sample, score, store."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        groups: tuple[WorkerGroup, WorkerGroup],
+        store: StoreClient,
+        source: PromptSource,
+        loads: Mapping[str, GroupLoad],
+    ) -> None:
+        self._cfg = cfg
+        self._engines, self._teachers = groups
+        self._store = store
+        self._source = source
+        self._engine_load, self._teacher_load = loads["rollout"], loads["teacher"]
+        self._handing_out = asyncio.Lock()
+        self._turn = 0
+        self._has_ended = False
+        self.requests = TaskPool()
+        # Apart from these: a worker for which no node has room is not waited for at the end.
+        self.replacements = TaskPool()
+
+    async def run(self) -> None:
+        """Until the prompts have ended; woken by `store.release`."""
+        samples = self._cfg.rollout.samples_per_prompt
+        while not self._has_ended:
+            count = self._prompts_of_turn() * samples
+            await self._hand_out(await self._store.acquire_slots(count))
+
+    def _prompts_of_turn(self) -> int:
+        """A step's prompts are split over the engines as evenly as whole prompts allow."""
+        num_engines = len(self._engines.workers)
+        whole, rest = divmod(self._cfg.rollout.prompts_per_step, num_engines)
+        return whole + (self._turn % num_engines < rest)
+
+    async def _hand_out(self, slots: Sequence[int]) -> None:
+        """Give the next prompts to new slots, in order."""
+        samples = self._cfg.rollout.samples_per_prompt
+        async with self._handing_out:
+            self._turn += 1
+            # The store may have room for a part of a group only, after failures.
+            prompts = self._next_prompts(-(-len(slots) // samples))
+            used, unused = slots[: len(prompts) * samples], slots[len(prompts) * samples :]
+            if used:
+                request = RolloutRequest(tuple(prompts), tuple(used), samples)
+                self._store.assign(used, [request.prompt_of(place).id for place in range(len(used))])
+                self._start(request)
+            if unused:
+                self._has_ended = True
+                await self._store.fail(unused, END_OF_DATA)
+                await self._store.end_of_data()
+
+    def _next_prompts(self, count: int) -> list[Prompt]:
+        prompts: list[Prompt] = []
+        for prompt in self._source:
+            prompts.append(prompt)
+            if len(prompts) == count:
+                break
+        return prompts
+
+    @asynccontextmanager
+    async def frontier(self) -> AsyncIterator[dict[str, Any]]:
+        """Where the prompts stand, JSON-able; no prompt is given to a slot until the block ends."""
+        async with self._handing_out:
+            yield {"source": self._source.state(), "turn": self._turn, "has_ended": self._has_ended}
+
+    async def go_on_from(self, frontier: Mapping[str, Any], pending: Mapping[int, str | None]) -> None:
+        """Take over a saved frontier, and start what was in flight then; raises `DataError` on other prompts.
+
+        `pending` has the restored store's slots in flight with their prompts' ids; those without one had been acquired
+        and come next.
+        """
+        self._source.restore(frontier["source"])
+        self._turn, self._has_ended = int(frontier["turn"]), bool(frontier["has_ended"])
+        by_prompt: dict[str, list[int]] = {}
+        for slot, prompt_id in pending.items():
+            if prompt_id is not None:
+                by_prompt.setdefault(prompt_id, []).append(slot)
+        for prompt_id, slots in by_prompt.items():
+            self._start(RolloutRequest((self._source.find(prompt_id),), tuple(slots), len(slots)))
+        if new := [slot for slot, prompt_id in pending.items() if prompt_id is None]:
+            await self._hand_out(new)
+
+    def _start(self, request: RolloutRequest) -> None:
+        # Chosen here and not in the task, which starts later: the next request must see this one.
+        engine = self._engine_load.least_loaded()
+        self._engine_load.begin(engine, len(request.slots))
+        self.requests.start(self._produce(request, engine))
+
+    async def _produce(self, request: RolloutRequest, engine: int) -> None:
+        """Hops 3 to 6 of one request; from hop 3 again where the payload is gone with a node before it is scored."""
+        first: int | None = engine
+        for _ in range(self._cfg.faults.max_attempts):
+            sampled = await self._attempt(
+                self._engines,
+                self._engine_load,
+                lambda worker: worker.generate.options(num_returns=2).remote(request),
+                cost=len(request.slots),
+                first=first,
+            )
+            if sampled is None:
+                break
+            try:
+                scored = await self._score(request, *sampled)
+            except PayloadLostError as error:
+                logger.warning("%d trajectories are sampled again: %s", len(request.slots), error)
+                first = None
+                continue
+            if scored is None:
+                break
+            payload, receipt = scored
+            await self._store.append(receipt, payload)
+            return
+        logger.warning("%d slots failed: each of their workers died", len(request.slots))
+        await self._store.fail(request.slots, WORKER_DIED)
+
+    async def _score(
+        self, request: RolloutRequest, payload: Any, receipt: BatchReceipt
+    ) -> tuple[Any, BatchReceipt] | None:
+        """Hops 4 and 5."""
+        return await self._attempt(
+            self._teachers,
+            self._teacher_load,
+            lambda worker: worker.score.options(num_returns=2).remote(payload, receipt, request.prompts),
+            cost=receipt.num_response_tokens,
+        )
+
+    async def _attempt(
+        self,
+        group: WorkerGroup,
+        load: GroupLoad,
+        call: Callable[[Any], tuple[Any, Any]],
+        *,
+        cost: int,
+        first: int | None = None,
+    ) -> tuple[Any, BatchReceipt] | None:
+        """Payload reference and receipt of ``call(worker)``; on another worker where one dies. None: all attempts did.
+
+        `first` is a worker whose load has this call already.
+        """
+        for _ in range(self._cfg.faults.max_attempts):
+            if first is None:
+                await load.wait_for_worker()
+                worker = load.least_loaded()
+                load.begin(worker, cost)
+            else:
+                worker, first = first, None
+            handle = group.workers[worker]
+            try:
+                payload, receipt_ref = call(handle)
+                receipt: BatchReceipt = await group.result(receipt_ref, worker)
+            except ActorDiedError as error:
+                self._replace(group, load, worker, handle, error)
+            else:
+                load.done(receipt.busy_s, receipt.num_response_tokens)
+                return payload, receipt
+            finally:
+                load.end(worker, cost)
+        return None
+
+    def _replace(self, group: WorkerGroup, load: GroupLoad, worker: int, dead: Any, error: ActorDiedError) -> None:
+        """Have a dead worker replaced while the others go on; a group that cannot be mended ends the run."""
+        if not load.suspend(worker):
+            return
+
+        async def revive() -> None:
+            await group.revive(worker, dead, error)
+            load.resume(worker)
+
+        self.replacements.start(revive())

@@ -1,0 +1,351 @@
+"""Actors that die at any moment: fakes around the real loops, groups' bookkeeping, journal and store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd_ray.cluster import worker_group as group
+from opd_ray.config.schema import RunConfig
+from opd_ray.errors import ActorDiedError, DeadlineError, ResourceError
+from tests.unit.fake_actors import PAYLOADS, FakeLearner, Run, World, config
+
+
+def small(max_staleness: int, reuse: int, num_steps: int = 8) -> RunConfig:
+    """Two engines, two teachers, any number of deaths."""
+    cfg = config(max_staleness, reuse, num_steps, 2)
+    cfg.teacher.num_workers = 2
+    cfg.faults.max_restarts, cfg.faults.max_attempts = 50, 3
+    cfg.checkpoint.every = 2
+    return cfg
+
+
+async def train_with_deaths(run: Run, deaths: list[tuple[int, str]]) -> Run:
+    """Kill one actor of the named kind after so many turns of the event loop, one after the other."""
+    # One thread: what is waited for comes after all that a killed actor had left to its threads.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    task = asyncio.create_task(run.train())
+    for turns, kind in deaths:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if task.done():
+            break
+        engine, teacher, store = run.engines.workers[-1:], run.teachers.workers[:1], run.handles[-1:]
+        victims: list[Any] = {
+            "rollout": engine,
+            "rollouts": run.engines.workers,
+            "teacher": teacher,
+            "teachers": run.teachers.workers,
+            "store": store,
+            "learner": [run.learner],
+            "payloads": [],
+            "node": [*engine, *teacher],
+            "node with the store": [*engine, *teacher, *store],
+        }[kind]
+        for victim in victims:
+            victim.kill()
+        if kind == "payloads" or kind.startswith("node"):
+            lose_payloads(run.world, share=1.0 if kind == "payloads" else 0.5)
+    async with asyncio.timeout(20):
+        return await task
+
+
+def lose_payloads(world: World, share: float = 1.0) -> None:
+    """What was on a node is gone: each payload that somebody refers to, with probability `share`."""
+    for payload in sorted(PAYLOADS, key=lambda payload: payload.number):
+        payload.is_lost = payload.is_lost or world.random.random() < share
+
+
+def assert_sound(run: Run, max_staleness: int, reuse: int) -> None:
+    """The bound, each step once, no trajectory too often, and the books."""
+    assert [step for step, _ in run.trained] == list(range(1, run.cfg.num_steps + 1))
+    visits = Counter(slot for _, slots in run.trained for slot in slots)
+    assert max(visits.values()) <= reuse
+    assert all(
+        info.staleness <= max_staleness + info.visits - 1 for _, batch in run.world.batches for info in batch.infos
+    )
+    books = run.books
+    ended = books["trained"] + books["evicted"] + books["failed"]
+    assert books["started"] == ended + books["in_store"] + books["in_flight"]
+    # What the store counts as trained had all its visits, in steps that count.
+    assert books["trained"] <= sum(count == reuse for count in visits.values())
+
+
+KINDS = st.sampled_from(["rollout", "rollouts", "teacher", "store"])
+
+
+@given(
+    st.integers(0, 3), st.integers(1, 2), st.lists(st.tuples(st.integers(0, 40), KINDS), max_size=6), st.integers(0, 99)
+)
+@settings(max_examples=60, deadline=None)
+def test_workers_and_stores_that_die_cost_no_step(
+    max_staleness: int, reuse: int, deaths: list[tuple[int, str]], seed: int
+) -> None:
+    async def scenario() -> Run:
+        return await train_with_deaths(Run(small(max_staleness, reuse), World(seed, 6)), deaths)
+
+    run = asyncio.run(scenario())
+    assert_sound(run, max_staleness, reuse)
+    store_deaths = len(run.stores) - 1
+    assert store_deaths == run.store.num_restarts <= sum(kind == "store" for _, kind in deaths)
+    if not store_deaths:
+        assert run.books["evicted"] == 0
+        assert [step for step, _ in run.world.batches] == list(range(8))
+
+
+def sound_run_with_checkpoints(max_staleness: int, reuse: int, deaths: list[tuple[int, str]], seed: int) -> Run:
+    """A run in a folder of its own in which `deaths` happen, and which is sound for all that."""
+
+    async def scenario(folder: Path) -> Run:
+        return await train_with_deaths(Run(small(max_staleness, reuse), World(seed, 6), folder), deaths)
+
+    with TemporaryDirectory() as folder:
+        run = asyncio.run(scenario(Path(folder)))
+    assert_sound(run, max_staleness, reuse)
+    return run
+
+
+@given(
+    st.integers(0, 3),
+    st.integers(1, 2),
+    st.lists(st.tuples(st.integers(0, 60), KINDS | st.just("learner")), min_size=1, max_size=5),
+    st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_lost_learner_takes_the_run_back_to_its_checkpoint(
+    max_staleness: int, reuse: int, deaths: list[tuple[int, str]], seed: int
+) -> None:
+    run = sound_run_with_checkpoints(max_staleness, reuse, deaths, seed)
+    assert len(run.rolled_back) == run.learner.num_restarts
+    assert all(version % 2 == 0 for version in run.rolled_back)
+
+
+LOSSES = st.sampled_from(["payloads", "node", "node with the store", "rollout"])
+
+
+@given(
+    st.integers(0, 3),
+    st.integers(1, 2),
+    st.lists(st.tuples(st.integers(0, 60), LOSSES), min_size=1, max_size=6),
+    st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_lost_payloads_cost_their_trajectories_and_no_step(
+    max_staleness: int, reuse: int, losses: list[tuple[int, str]], seed: int
+) -> None:
+    run = sound_run_with_checkpoints(max_staleness, reuse, losses, seed)
+    assert [step for step, _ in run.world.batches] == list(range(8))
+    lost = run.books.get("evicted/payload_lost", 0)
+    if len(run.stores) == 1:
+        assert run.books["evicted"] == lost
+        # Trajectories that were found in no batch are lost when a checkpoint finds them.
+        assert run.controller.totals.lost_trajectories <= lost
+
+
+@given(
+    st.integers(0, 2),
+    st.integers(1, 2),
+    st.lists(st.tuples(st.integers(0, 60), LOSSES | st.just("learner")), min_size=1, max_size=4),
+    st.integers(0, 99),
+)
+@settings(max_examples=30, deadline=None)
+def test_a_node_with_a_learner_rank_takes_the_run_back_without_what_it_held(
+    max_staleness: int, reuse: int, losses: list[tuple[int, str]], seed: int
+) -> None:
+    run = sound_run_with_checkpoints(max_staleness, reuse, losses, seed)
+    assert len(run.rolled_back) == run.learner.num_restarts
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_lock_step_cohort_that_is_lost_between_its_visits_is_no_dead_end(is_whole: bool) -> None:
+    """The engines are one version behind then: with these weights the next cohort would be too old for ever."""
+    cfg = small(0, 2)
+    cfg.checkpoint.every = 0
+
+    async def scenario() -> Run:
+        run = Run(cfg, World(3, 4))
+        task = asyncio.create_task(run.train())
+        while len(run.trained) < 3:
+            await asyncio.sleep(0)
+        first, second = run.world.batches[-1][1].refs  # of four and of two trajectories
+        first.is_lost, second.is_lost = is_whole, True
+        async with asyncio.timeout(20):
+            return await task
+
+    run = asyncio.run(scenario())
+    assert_sound(run, 0, 2)
+    num_lost = 6 if is_whole else 2
+    assert run.books["evicted/payload_lost"] == run.controller.totals.lost_trajectories == num_lost
+    assert [len(slots) for _, slots in run.trained[:5]] == [6, 6, 6, 6 if is_whole else 4, 6]
+    assert [batch.infos[0].visits for _, batch in run.world.batches[:4]] == [1, 2, 1, 1 if is_whole else 2]
+
+
+def test_a_checkpoint_that_finds_a_cohort_lost_is_no_dead_end(tmp_path: Path) -> None:
+    cfg = small(0, 2)
+    cfg.checkpoint.every = 1
+    saved = 0
+
+    async def scenario() -> Run:
+        run = Run(cfg, World(4, 4), tmp_path)
+
+        async def save_and_lose(folder: Path) -> None:
+            nonlocal saved
+            saved += 1
+            if saved == 3:
+                lose_payloads(run.world)
+            await FakeLearner.save_state(run.learner, folder)
+
+        run.learner.save_state = save_and_lose  # type: ignore[method-assign]
+        async with asyncio.timeout(20):
+            return await run.train()
+
+    run = asyncio.run(scenario())
+    assert_sound(run, 0, 2)
+    assert run.books["evicted/payload_lost"] == 6
+    assert run.controller.totals.lost_trajectories == 0
+
+
+class Nodes:
+    """A group's room: what has no node waits until there `is_room`."""
+
+    def __init__(self) -> None:
+        self.is_room = False
+
+    async def is_placed(self, index: int) -> bool:
+        await asyncio.sleep(0)
+        return self.is_room
+
+    def no_room(self, waited_s: float) -> ResourceError:
+        return ResourceError(f"no room in {waited_s:g} s: add a node")
+
+
+@pytest.mark.parametrize(("max_staleness", "room_comes"), [(0, True), (2, True), (0, False), (2, False)])
+def test_a_group_goes_on_with_the_workers_that_are_left_until_there_is_room(
+    max_staleness: int, room_comes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "LOOK_S", 0.001)
+    cfg = small(max_staleness, 1, 30)
+
+    async def scenario() -> Run:
+        run = Run(cfg, World(5, 4))
+        nodes: Any = Nodes()
+        run.engines._placement = run.teachers._placement = nodes
+        task = asyncio.create_task(run.train())
+        while len(run.trained) < 3:
+            await asyncio.sleep(0)
+        run.engines.workers[1].kill()
+        run.teachers.workers[0].kill()
+        while len(run.trained) < 15:
+            await asyncio.sleep(0)
+        assert (run.engines.absent, run.teachers.absent) == ({1}, {0})
+        nodes.is_room = room_comes
+        async with asyncio.timeout(20):
+            return await task
+
+    run = asyncio.run(scenario())
+    assert_sound(run, max_staleness, 1)
+    assert run.books["failed"] == run.books["evicted"] == 0
+    absent = [metrics["faults/absent/rollout"] for _, metrics in run.steps]
+    assert absent[0] == 0 and 1.0 in absent and absent[-1] == (0 if room_comes else 1)
+    assert run.engines.workers[0]._target.version == 30
+    assert not room_comes or run.engines.workers[1]._target.version == 30
+
+
+def test_a_group_of_which_nobody_is_left_and_no_room_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "LOOK_S", 0.001)
+    cfg = small(1, 1, 1000)
+    cfg.deadline_s = 0.2
+
+    async def scenario() -> None:
+        run = Run(cfg, World(5, 4))
+        nodes: Any = Nodes()
+        run.teachers._placement = nodes
+        await train_with_deaths(run, [(30, "teacher"), (0, "teachers")])
+
+    with pytest.raises(ResourceError, match=r"no room in 0\.\d+ s: add a node"):
+        asyncio.run(scenario())
+
+
+def test_without_checkpoints_a_lost_learner_ends_the_run() -> None:
+    async def scenario() -> None:
+        await train_with_deaths(Run(small(1, 1, 1000), World(1, 6)), [(30, "learner")])
+
+    with pytest.raises(ActorDiedError, match=r"learner-0 died"):
+        asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", ["rollout", "teacher", "store"])
+def test_restarts_are_bounded(kind: str) -> None:
+    cfg = small(1, 1, 1000)
+    cfg.faults.max_restarts = 2
+
+    async def scenario() -> None:
+        await train_with_deaths(Run(cfg, World(1, 6)), [(60, kind)] * 30)
+
+    with pytest.raises(ActorDiedError, match=r"faults.max_restarts=2: mend the cause"):
+        asyncio.run(scenario())
+
+
+def test_slots_fail_when_all_attempts_did() -> None:
+    cfg = small(1, 1, 6)
+    cfg.faults.max_attempts = 1
+    deaths = [(25, "teacher")] * 4
+
+    async def scenario() -> Run:
+        return await train_with_deaths(Run(cfg, World(5, {"teacher": 30})), deaths)
+
+    run = asyncio.run(scenario())
+    assert_sound(run, 1, 1)
+    assert run.books["failed/worker_died"] > 0
+
+
+def test_a_new_engine_serves_with_the_published_weights() -> None:
+    """A new engine starts with the model's own weights; before it serves it has the others'."""
+    cfg = small(2, 1, 12)
+
+    async def scenario() -> Run:
+        return await train_with_deaths(Run(cfg, World(2, 8)), [(120, "rollouts"), (60, "rollout")])
+
+    run = asyncio.run(scenario())
+    assert run.engines.num_restarts == 3
+    oldest = [info.staleness for _, batch in run.world.batches for info in batch.infos]
+    assert run.books["evicted"] == 0 and max(oldest) <= 2
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_waiting_for_others_is_no_hang_but_a_store_that_answers_nothing_is(hangs: bool) -> None:
+    """The learner takes longer than the deadline between two acquisitions; nobody but a hanging store is to blame."""
+    cfg = small(0, 4, 4)
+    cfg.deadline_s = 0.05
+
+    async def scenario() -> Run:
+        run = Run(cfg, World(1, 2))
+        answer = run.stores[0].state
+
+        async def slow_step(*args: Any) -> Any:
+            await asyncio.sleep(0.03)
+            if hangs:
+                run.stores[0].state = never  # type: ignore[method-assign,assignment]
+            return await step(*args)
+
+        async def never() -> object:
+            await asyncio.sleep(3600)
+            return answer()
+
+        step, run.learner.train_step = run.learner.train_step, slow_step  # type: ignore[method-assign,assignment]
+        async with asyncio.timeout(20):
+            return await run.train()
+
+    if hangs:
+        with pytest.raises(DeadlineError, match=r"actor replay-store gave no answer in 0.05 s"):
+            asyncio.run(scenario())
+    else:
+        assert len(asyncio.run(scenario()).steps) == 4
