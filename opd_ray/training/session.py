@@ -66,7 +66,7 @@ def run_session(cfg: RunConfig, config_yaml: str, config_values: Mapping[str, An
     else:
         folder = RunFolder.reopen(checkpoint.folder.parents[1])
         sys.stderr.write(
-            f"opd_ray: note: going on with {shown(folder.path)} from step {checkpoint.policy_version} "
+            f"opd_ray: note: resuming {shown(folder.path)} from step {checkpoint.policy_version} "
             "(resume=never starts a new run)\n"
         )
     for text in announcements(cfg):
@@ -292,7 +292,7 @@ class Session:
             shutil.rmtree(self.folder.path, ignore_errors=True)
             return
         if (latest := self._latest_checkpoint()) is not None:
-            sys.stderr.write(f"opd_ray: note: the same command goes on from step {latest.policy_version}\n")
+            sys.stderr.write(f"opd_ray: note: the same command resumes from step {latest.policy_version}\n")
         interrupted = isinstance(error, (KeyboardInterrupt, asyncio.CancelledError))
         logger.error("the run ended early: %s", "interrupted" if interrupted else error)
         self.folder.mark("interrupted" if interrupted else "failed", None if interrupted else str(error))
