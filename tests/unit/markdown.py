@@ -12,7 +12,7 @@ FOLDERS = ("benchmarks", "conf", "launch", "opd_ray", "tests")
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _SPAN = re.compile(r"(`+)(.+?)\1")
-_LINK = re.compile(r"\]\(([^()\s]+)\)")
+_LINK = re.compile(r"\]\(([^()\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 _HEADING = re.compile(r"^#{1,6} +(.+?) *#*$", re.MULTILINE)
 
 
@@ -43,7 +43,7 @@ class Page:
 
     def links(self) -> list[str]:
         """Targets of links and pictures that lead to no other site."""
-        targets = _LINK.findall(_SPAN.sub("", self.prose))
+        targets = [markdown or html for markdown, html in _LINK.findall(_SPAN.sub("", self.prose))]
         return [target for target in targets if not re.match(r"[a-z]+:", target)]
 
     def spans(self) -> list[str]:

@@ -109,7 +109,7 @@ def test_paths_in_code_exist(page: Page) -> None:
 @each_page
 def test_modules_in_code_exist(page: Page) -> None:
     text = " ".join([*page.spans(), *(" ".join(words) for words in page.commands())])
-    named = set(re.findall(r"(?:^|\s)((?:opd_ray|benchmarks)(?:\.[a-z_]\w*)+)(?=\s|$)", text))
+    named = set(re.findall(r"(?:^|\s)((?:opd_ray|benchmarks|launch)(?:\.[a-z_]\w*)+)(?=\s|$)", text))
     missing = [
         name
         for name in named
@@ -138,6 +138,13 @@ def test_the_table_of_groups_is_what_conf_has() -> None:
         there = {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
         more = re.search(r"and (\d+) more", text)
         assert choices <= there and len(there) == len(choices) + (int(more[1]) if more else 0), group
+
+
+def test_the_tree_is_the_package() -> None:
+    (tree,) = [block for block in README.blocks("") if block.startswith("opd_ray/\n")]
+    folders = {path.parent.name for path in (ROOT / "opd_ray").glob("*/__init__.py")}
+    assert set(re.findall(r"(\w+)/(?= )", tree)) == folders
+    assert all((ROOT / "opd_ray" / name).is_file() for name in re.findall(r"\w+\.py", tree))
 
 
 def test_every_experiment_and_sweep_is_explained() -> None:
