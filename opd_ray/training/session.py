@@ -37,7 +37,7 @@ from opd_ray.training.controller import Controller, Groups, Outputs
 from opd_ray.training.evaluator import FOLDER, SamplesFile, evaluate, evaluation_metrics
 from opd_ray.training.interrupts import end_on_sigterm, run_interruptible
 from opd_ray.training.outputs import RunOutputs
-from opd_ray.training.preflight import PreflightReport, PreflightSpec, preflight
+from opd_ray.training.preflight import PreflightReport, preflight
 from opd_ray.training.sources import evaluation_problems, model_path, training_prompts
 from opd_ray.training.summary import Evaluations, closing_words, shown, summary
 from opd_ray.types import Prompt
@@ -147,10 +147,10 @@ class Session:
         found.require_fit()
 
     async def _preflight(self, prompts: list[Prompt], problems: list[Prompt]) -> PreflightReport:
-        spec = PreflightSpec.of(self.cfg, model_path(self.cfg.student.path), model_path(self.cfg.teacher.path))
+        paths = model_path(self.cfg.student.path), model_path(self.cfg.teacher.path)
         remote: Any = ray.remote(preflight)
         env = {"env_vars": worker_env(Share(ray_cpus=1, gpus=0, threads=1))}
-        ref = remote.options(num_cpus=1, max_retries=0, runtime_env=env).remote(spec, prompts, problems)
+        ref = remote.options(num_cpus=1, max_retries=0, runtime_env=env).remote(self.cfg, *paths, prompts, problems)
         found: PreflightReport = await remote_result(ref, "preflight", self.cfg.deadline_s)
         return found
 
