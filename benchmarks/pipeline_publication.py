@@ -26,8 +26,9 @@ from opd_ray.learner.spec import ROLE as LEARNER
 from opd_ray.learner.spec import LearnerSpec
 from opd_ray.models import weights
 from opd_ray.planning.placement import Share, plan_resources
-from opd_ray.rollout.worker import ROLE as ROLLOUT
-from opd_ray.rollout.worker import RolloutGroup, RolloutWorker
+from opd_ray.rollout.group import ROLE as ROLLOUT
+from opd_ray.rollout.group import RolloutGroup
+from opd_ray.rollout.worker import RolloutWorker
 from opd_ray.types import LoadReceipt, Prompt, RolloutRequest, WeightsReceipt
 
 DEADLINE_S = 300.0

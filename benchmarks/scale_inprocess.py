@@ -20,7 +20,7 @@ from opd_ray.learner.step_report import RankReport
 from opd_ray.replay.cohort import SampledBatch
 from opd_ray.replay.desk import Call, Reply, StoreDesk
 from opd_ray.replay.store import ReplayStore
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.types import WeightsReceipt
 
 

@@ -1,4 +1,4 @@
-"""Rollout: actors that sample trajectories from the student with vLLM, and take over new weights while they do.
+"""The rollout worker: an actor that samples trajectories from the student with vLLM and takes over new weights.
 
 vllm, torch and transformers are imported in the worker's constructor only.
 """
@@ -11,21 +11,16 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from opd_ray.cluster.worker_group import vllm_env
 from opd_ray.config.choices import Dtype, Template
 from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ModelError
 from opd_ray.evaluation.grading import Completion
-from opd_ray.planning.placement import Share
-from opd_ray.rollout.engine_group import EngineGroup
 from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from opd_ray.models.weights import WeightBucket
-
-ROLE = "rollout"
 
 
 def sampling_seed(run_seed: int, purpose: str, number: int) -> int:
@@ -190,20 +185,3 @@ def _receipt(index: int, row: Any) -> TrajectoryReceipt:
         newest_version=int(row.version_values.max()),
         finish_reason=row.finish_reason,
     )
-
-
-class RolloutGroup(EngineGroup):
-    """All rollout engines."""
-
-    @classmethod
-    def create(cls, cfg: RunConfig, share: Share, paths: Sequence[str], role: str = ROLE) -> RolloutGroup:
-        """Start one engine for each entry of `paths`; returns at once (await `ready`).
-
-        Under another `role` than the usual one it samples from the teacher, in the teacher's dtype.
-        """
-        group = cls(role, cfg.deadline_s, cfg.faults.max_restarts)
-        dtype = (cfg.student if role == ROLE else cfg.teacher).dtype
-        args = [(cfg, f"{role}-{index}", path, dtype) for index, path in enumerate(paths)]
-        env = vllm_env(share, cfg.rollout.kv_cache_gib, cfg.rollout.tensor_parallel)
-        group.start(RolloutWorker, share, args, env, cfg.placement.rollout)
-        return group

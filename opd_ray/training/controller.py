@@ -33,7 +33,7 @@ from opd_ray.errors import ActorDiedError, LearnerLostError
 from opd_ray.learner.diagnostics import Metrics
 from opd_ray.learner.group import LearnerGroup
 from opd_ray.replay.cohort import SampledBatch
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints
 from opd_ray.teacher.worker import TeacherGroup
 from opd_ray.training.evaluator import SamplesFile, evaluate, evaluation_metrics

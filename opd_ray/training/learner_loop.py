@@ -23,7 +23,7 @@ from opd_ray.learner.group import LearnerGroup
 from opd_ray.learner.spec import LostTrajectories
 from opd_ray.learner.step_report import RankReport, step_metrics
 from opd_ray.replay.cohort import SampledBatch
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import LEARNER, STORE, STUDENT, Checkpoint, CheckpointDraft, Checkpoints
 from opd_ray.training.workload import GroupLoad, pipeline_metrics
 from opd_ray.types import Histogram, LoadReceipt

@@ -26,7 +26,7 @@ from opd_ray.learner.group import LearnerGroup
 from opd_ray.planning.cluster import Cluster
 from opd_ray.planning.placement import ResourcePlan, Share, plan_resources
 from opd_ray.planning.whole_plan import make_plan
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints, latest_checkpoint
 from opd_ray.run.folder import CONFIG_FILE, RunFolder
 from opd_ray.run.resume import checkpoint_to_resume

@@ -118,7 +118,7 @@ def engines(ray_cluster: None, student_folder: Path, teacher_folder: Path) -> It
     """A rollout engine and a teacher that several tests share; whoever kills them has them replaced."""
     import asyncio
 
-    from opd_ray.rollout.worker import RolloutGroup
+    from opd_ray.rollout.group import RolloutGroup
     from opd_ray.teacher.worker import TeacherGroup
     from opd_ray.training.preflight import preflight
     from tests.integration.runs import NO_SHARE, Engines, small_config

@@ -19,7 +19,7 @@ from opd_ray.learner.group import LearnerGroup
 from opd_ray.main import conf_dir, to_run_config
 from opd_ray.planning.placement import Share
 from opd_ray.replay.cohort import SampledBatch
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints
 from opd_ray.teacher.worker import TeacherGroup
 from opd_ray.training.controller import Controller, Groups, Outputs

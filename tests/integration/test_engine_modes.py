@@ -16,7 +16,8 @@ import ray
 from opd_ray.config.choices import Dtype, OnNewWeights
 from opd_ray.errors import ActorError, WeightSyncError
 from opd_ray.models.weights import WeightBucket, combined_checksum, pack_buckets
-from opd_ray.rollout.worker import RolloutGroup, RolloutWorker
+from opd_ray.rollout.group import RolloutGroup
+from opd_ray.rollout.worker import RolloutWorker
 from opd_ray.trajectory.codec import decode
 from opd_ray.trajectory.rows import RolloutRow, rollout_rows
 from opd_ray.types import LoadReceipt, Prompt, RolloutRequest, WeightsReceipt

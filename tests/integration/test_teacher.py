@@ -18,7 +18,7 @@ from opd_ray.config.choices import Dtype, LogprobDtype
 from opd_ray.config.schema import RunConfig
 from opd_ray.errors import SchemaError
 from opd_ray.models.loading import load_causal_lm
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.teacher.worker import TeacherGroup
 from opd_ray.training.preflight import preflight
 from opd_ray.trajectory.codec import decode, encode_rollouts
