@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Checks everything that needs no GPU: style, types, unit tests, integration tests on real engines.
-#   bash launch/test.sh                              all of it
-#   bash launch/test.sh tests/unit -k gate           only these tests: arguments go to pytest
+#   bash launch/test.sh                              what to run after an install or a change
+#   bash launch/test.sh --all                        with the tests that take long (marked `slow`)
+#   bash launch/test.sh tests/unit -k gate           only these tests: other arguments go to pytest
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 bash launch/environment.sh
+bash launch/extra_environment.sh isolated >/dev/null
 bash launch/system_packages.sh
 # DeepSpeed and Ray look for helper programs (ninja, ray) on the PATH.
 export PATH=$PWD/.venv/bin:$PATH
@@ -30,8 +32,12 @@ check() {
   printf '%s: passed in %d s\n' "$title" $((SECONDS - start))
 }
 
-if (($# > 0)); then
-  exec python -m pytest "$@"
+arguments=()
+for argument in "$@"; do
+  if [[ $argument != --all ]]; then arguments+=("$argument"); fi
+done
+if ((${#arguments[@]} > 0)); then
+  exec python -m pytest "${arguments[@]}"
 fi
 
 mapfile -t typed < <(present opd_ray tests benchmarks)
