@@ -13,6 +13,7 @@ import pytest
 from tests.integration.variants import VariantGroup
 
 if TYPE_CHECKING:
+    from tests.integration.learners import Learners
     from tests.integration.runs import Engines
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -114,14 +115,25 @@ def two_ranks(ray_cluster: None) -> Iterator[VariantGroup]:
 
 
 @pytest.fixture(scope="session")
-def engines(ray_cluster: None, student_folder: Path, teacher_folder: Path) -> Iterator[Engines]:
+def learners(ray_cluster: None) -> Iterator[Learners]:
+    """Learner ranks that the runs of several tests share."""
+    from tests.integration.learners import Learners
+
+    groups = Learners()
+    yield groups
+    groups.end()
+
+
+@pytest.fixture(scope="session")
+def engines(learners: Learners, student_folder: Path, teacher_folder: Path) -> Iterator[Engines]:
     """A rollout engine and a teacher that several tests share; whoever kills them has them replaced."""
     import asyncio
 
     from opd_ray.rollout.worker import RolloutGroup
     from opd_ray.teacher.worker import TeacherGroup
     from opd_ray.training.preflight import PreflightSpec, preflight
-    from tests.integration.runs import NO_SHARE, Engines, small_config
+    from tests.integration.learners import NO_SHARE
+    from tests.integration.runs import Engines, small_config
 
     cfg = small_config("lsm_block64", "faults.max_restarts=20")
     report = preflight(PreflightSpec.of(cfg, str(student_folder), str(teacher_folder)), [], [])
@@ -132,7 +144,7 @@ def engines(ray_cluster: None, student_folder: Path, teacher_folder: Path) -> It
         await asyncio.gather(rollout.ready(), teacher.ready())
 
     asyncio.run(ready())
-    yield Engines(rollout, teacher, str(student_folder))
+    yield Engines(rollout, teacher, str(student_folder), learners)
     asyncio.run(rollout.stop())
     rollout.shutdown()
     teacher.shutdown()

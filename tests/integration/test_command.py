@@ -111,7 +111,8 @@ def test_the_student_loads_in_vllm(short_run: tuple[Path, str], ray_cluster: Non
 
     from opd_ray.rollout.worker import RolloutGroup
     from opd_ray.types import Prompt
-    from tests.integration.runs import NO_SHARE, small_config
+    from tests.integration.learners import NO_SHARE
+    from tests.integration.runs import small_config
 
     async def answers() -> Any:
         group = RolloutGroup.create(small_config("lsm"), NO_SHARE, [str(short_run[0] / "latest" / "student")])
