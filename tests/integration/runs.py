@@ -38,7 +38,7 @@ SMALL = [
     "learner.lr_schedule=constant",
     "teacher.top_k=4",
     "gate.block_size=16",
-    "deadline_s=120",
+    "deadline_s=240",
 ]
 
 

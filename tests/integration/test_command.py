@@ -106,6 +106,7 @@ def test_the_student_loads_in_transformers(short_run: tuple[Path, str]) -> None:
     assert any(not torch.equal(after, before) for after, before in pairs)
 
 
+@pytest.mark.slow
 def test_the_student_loads_in_vllm(short_run: tuple[Path, str], ray_cluster: None) -> None:
     import asyncio
 
@@ -175,6 +176,7 @@ def losses(folder: Path) -> dict[int, float]:
     return dict(found)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_is_the_unbroken_run(
     short_run: tuple[Path, str], tmp_path: Path, killed: list[psutil.Process]
 ) -> None:
@@ -205,7 +207,7 @@ def test_killed_and_resumed_it_is_the_unbroken_run(
 
 def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    no_evaluation = ["evaluation.before=false", "evaluation.teacher=false"]
+    no_evaluation = ["evaluation.before=false", "evaluation.teacher=false", "rollout.num_engines=1"]
     process = start(*SHORT, "num_steps=1000", *no_evaluation, f"runs_dir={runs}")
     assert process.stderr is not None
     for line in process.stderr:

@@ -35,11 +35,11 @@ SAMPLES = 4
 # All that the embedded tokenizer has; K may be as large.
 VOCAB = 44
 # Support, K, the dtype of the sampled tokens' log-probs, and whether both models run in vLLM, each in two processes.
-PARAMS = [
+PARAMS: list[Any] = [
     ("teacher_topk", 4, "float32", False),
     ("student_topk", 4, "float16", False),
-    ("student_topk", VOCAB, "float32", False),
-    ("teacher_topk", 4, "float32", True),
+    pytest.param(("student_topk", VOCAB, "float32", False), marks=pytest.mark.slow),
+    pytest.param(("teacher_topk", 4, "float32", True), marks=pytest.mark.slow),
 ]
 SPLIT = ("rollout.tensor_parallel=2", "teacher.backend=vllm", "teacher.tensor_parallel=2")
 
