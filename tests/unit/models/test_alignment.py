@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from opd_ray.models.loading import hidden_states, load_causal_lm, pad_rows
-from opd_ray.teacher.worker import TeacherSpec, TeacherWorker
-from opd_ray.models.tokenization import load_tokenizer, newline_token_mask, tokenizer_fingerprint
 from opd_ray.config.choices import Dtype, LogprobDtype, Template
+from opd_ray.models.loading import hidden_states, load_causal_lm, pad_rows
+from opd_ray.models.tokenization import load_tokenizer, newline_token_mask, tokenizer_fingerprint
+from opd_ray.teacher.worker import TeacherSpec, TeacherWorker
+from opd_ray.tiny.paths import teacher_path
 from opd_ray.trajectory.codec import decode, encode_rollouts
 from opd_ray.trajectory.rows import RolloutRow, scored_rows
 from opd_ray.trajectory.schema import BatchSpec
-from opd_ray.tiny.paths import teacher_path
 from opd_ray.types import BatchReceipt, Prompt
 
 PATH = str(teacher_path())
