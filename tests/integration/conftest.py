@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from tests.integration.variants import VariantGroup
-
 if TYPE_CHECKING:
     from tests.integration.learners import Learners
     from tests.integration.runs import Engines
+    from tests.integration.variants import VariantGroup
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -99,22 +98,6 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def one_rank(ray_cluster: None) -> Iterator[VariantGroup]:
-    """A learner rank that several tests share."""
-    group = VariantGroup(1)
-    yield group
-    group.stop()
-
-
-@pytest.fixture(scope="session")
-def two_ranks(ray_cluster: None) -> Iterator[VariantGroup]:
-    """Two learner ranks that several tests share."""
-    group = VariantGroup(2)
-    yield group
-    group.stop()
-
-
-@pytest.fixture(scope="session")
 def learners(ray_cluster: None) -> Iterator[Learners]:
     """Learner ranks that the runs of several tests share."""
     from tests.integration.learners import Learners
@@ -122,6 +105,25 @@ def learners(ray_cluster: None) -> Iterator[Learners]:
     groups = Learners()
     yield groups
     groups.end()
+
+
+@pytest.fixture(scope="session")
+def one_rank(learners: Learners, student_folder: Path) -> VariantGroup:
+    """The learner rank that several tests share."""
+    return variants(learners, student_folder, num_ranks=1)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(learners: Learners, student_folder: Path) -> VariantGroup:
+    """The two learner ranks that several tests share."""
+    return variants(learners, student_folder, num_ranks=2)
+
+
+def variants(learners: Learners, student_folder: Path, num_ranks: int) -> VariantGroup:
+    from tests.integration.runs import small_config
+    from tests.integration.variants import VariantGroup
+
+    return VariantGroup(learners, small_config("lsm", f"learner.num_ranks={num_ranks}"), str(student_folder))
 
 
 @pytest.fixture(scope="session")

@@ -207,8 +207,13 @@ def test_killed_and_resumed_it_is_the_unbroken_run(
 
 def test_ctrl_c_in_the_middle(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    no_evaluation = ["evaluation.before=false", "evaluation.teacher=false", "rollout.num_engines=1"]
-    process = start(*SHORT, "num_steps=1000", *no_evaluation, f"runs_dir={runs}")
+    small = [
+        "evaluation.before=false",
+        "evaluation.teacher=false",
+        "rollout.num_engines=1",
+        "learner.num_ranks=1",
+    ]
+    process = start(*SHORT, "num_steps=1000", *small, f"runs_dir={runs}")
     assert process.stderr is not None
     for line in process.stderr:
         if "step 1/" in line:
