@@ -28,7 +28,7 @@ from opd_ray.data.packing import plan_microbatches
 from opd_ray.learner.spec import LearnerSpec, rank_batches
 from opd_ray.learner.step_report import RankReport
 from opd_ray.models.tokenization import load_tokenizer, tokenizer_fingerprint
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.teacher.worker import TeacherSpec, TeacherWorker
 from opd_ray.trajectory.codec import decode, encode_rollouts
 from opd_ray.trajectory.rows import RolloutRow, scored_rows

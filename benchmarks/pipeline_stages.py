@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import ray
+from opd_ray.actors.store import StoreClient
 
 from benchmarks.machine import check
 from benchmarks.pipeline_runs import quartiles
-from opd_ray.actors.store import StoreClient
 from opd_ray.cluster.worker_group import WorkerGroup
 from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
@@ -28,7 +28,7 @@ from opd_ray.learner.spec import RankBatch
 from opd_ray.learner.step_report import RankReport
 from opd_ray.models.weights import WeightBucket
 from opd_ray.planning.placement import Share
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.rollout.worker import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoints
 from opd_ray.teacher.worker import TeacherGroup

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import ray
+from opd_ray.actors.store import StoreClient
 
 from benchmarks.store_workload import ARRAYS, Sums, Workload, make_rows, read
-from opd_ray.actors.store import StoreClient
 from opd_ray.cluster.remote_calls import remote_result
 from opd_ray.cluster.worker_group import MALLOC_ENV, worker_env
 from opd_ray.config.choices import LogprobDtype
 from opd_ray.config.schema import ReplayConfig, RunConfig
 from opd_ray.planning.placement import Share
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.types import BatchReceipt, TrajectoryReceipt
 
 DEADLINE_S = 120.0

@@ -268,6 +268,7 @@ class TelemetryConfig:
         64, "positions a rank and step where the full distribution is looked at, 0 = none", ge=0
     )
     min_support_mass: float = ranged(0.5, "alarm where the student's mean mass on the support is below", ge=0, le=1)
+    max_loop_lag_s: float = ranged(1.0, "alarm where the controller's event loop runs later than this (p99, s)", ge=0)
     dump_trajectories: int = ranged(
         0, "trajectories of a step that are written to the run folder for `opd_ray.inspect`, 0 = none", ge=0
     )

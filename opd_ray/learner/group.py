@@ -19,11 +19,11 @@ from ray.exceptions import ObjectLostError
 from opd_ray.cluster.worker_group import MALLOC_ENV, WorkerGroup
 from opd_ray.config.schema import RunConfig
 from opd_ray.data.packing import plan_microbatches
-from opd_ray.errors import ActorDiedError, ActorError
+from opd_ray.errors import ActorDiedError, ActorError, PayloadLostError
 from opd_ray.learner.spec import ROLE, LearnerSpec, LostTrajectories, RankBatch, rank_batches
 from opd_ray.learner.step_report import RankReport
 from opd_ray.planning.placement import Share
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.types import WeightsReceipt
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # After the first failure, how long the other ranks are listened to.
 _LAST_WORDS_S = 5.0
+# A payload that was lost with its node, or one that cannot be read back from the file that it was spilled to.
+_LOST = (ObjectLostError, PayloadLostError)
 
 
 class LearnerWorker:
@@ -227,7 +229,7 @@ def _fetched(refs: Sequence[Any]) -> tuple[list[Any], set[int]]:
     """The values of references, and the numbers of those that are lost."""
     try:
         return ray.get(list(refs)), set()
-    except ObjectLostError:
+    except _LOST:
         values = [_value_or_none(ref) for ref in refs]
         return values, {number for number, value in enumerate(values) if value is None}
 
@@ -235,7 +237,7 @@ def _fetched(refs: Sequence[Any]) -> tuple[list[Any], set[int]]:
 def _value_or_none(ref: Any) -> Any:
     try:
         return ray.get(ref)
-    except ObjectLostError:
+    except _LOST:
         return None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from opd_ray.config.schema import GateConfig, LearnerConfig, ObjectiveConfig, RunConfig
 from opd_ray.data.packing import Plan
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.types import SampleInfo, info_values
 
 ROLE = "learner"

@@ -196,7 +196,7 @@ def test_killed_and_resumed_it_is_the_unbroken_run(
     process = start(*args)
     _, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
-    assert "going on with" in err and "from step" in err
+    assert "note: resuming" in err and "from step" in err
     assert run_folder(runs) == folder
     unbroken = (short_run[0] / "latest").resolve()
     assert losses(folder) == losses(unbroken)

@@ -21,7 +21,7 @@ from opd_ray.learner.group import LearnerGroup
 from opd_ray.learner.spec import LostTrajectories
 from opd_ray.models.weights import combined_checksum
 from opd_ray.planning.placement import Share
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from tests.integration.batches import scored_payload, stale_infos
 from tests.integration.learners import Learners
 from tests.integration.runs import small_config

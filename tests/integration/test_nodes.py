@@ -150,4 +150,4 @@ def test_a_node_with_a_learner_rank_dies_and_the_run_goes_back_to_its_checkpoint
     assert lost["LearnerWorker"] == 1
     assert last["faults/restarts/learner"] >= 1
     log = next(tmp_path.glob("*/run.log")).read_text()
-    assert "going on from step 3" in log
+    assert "continuing from step 3: " in log and "steps are done again" in log

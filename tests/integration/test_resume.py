@@ -11,7 +11,7 @@ import pytest
 from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
 from opd_ray.learner.step_report import step_metrics
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.run.checkpoint import read_checkpoint
 from opd_ray.training.sources import training_prompts
 from opd_ray.types import RolloutRequest, SampleInfo

@@ -17,7 +17,7 @@ from opd_ray.errors import CheckpointError
 from opd_ray.learner.group import LearnerWorker
 from opd_ray.learner.spec import LearnerSpec, RankBatch, rank_batches
 from opd_ray.learner.step_report import RankReport
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.types import SampleInfo
 from tests.integration.learners import Learners
 

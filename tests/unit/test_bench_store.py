@@ -10,7 +10,7 @@ from benchmarks.store_contenders import StoreConsumer, StoreProducer, default_by
 from benchmarks.store_queues import as_arrays, as_lists
 from benchmarks.store_workload import Workload, is_same, make_rows, read
 from opd_ray.config.choices import LogprobDtype
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 
 WORK = Workload(trajectories=3, prompt_tokens=2, response_tokens=5, top_k=4)
 EXPECTED = read(make_rows(WORK))

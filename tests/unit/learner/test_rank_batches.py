@@ -7,7 +7,7 @@ import pytest
 from opd_ray.config.schema import RunConfig
 from opd_ray.data.packing import plan_microbatches
 from opd_ray.learner.spec import LearnerSpec, dumped_places, rank_batches
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.types import SampleInfo
 
 

@@ -11,7 +11,7 @@ from opd_ray.errors import ActorDiedError, ActorError, DivergedError, LearnerLos
 from opd_ray.learner import group as learner_group
 from opd_ray.learner.group import LearnerGroup
 from opd_ray.learner.spec import LostTrajectories, RankBatch
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.types import SampleInfo
 
 GLOO = ActorError("connection closed by peer")
