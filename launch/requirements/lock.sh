@@ -28,8 +28,7 @@ X86_ONLY = {"intel-openmp", "intel-cmplr-lib-ur"}
 report, pip_version = sys.argv[1:]
 with open(report) as file:
     installs = json.load(file)["install"]
-# W&B's schema of sweeps, for a test. Its metadata asks for numpy<2, which only its optimisers need.
-pins = {"pip": pip_version, "sweeps": "0.3.0"}
+pins = {"pip": pip_version}
 for item in installs:
     name = re.sub(r"[-_.]+", "-", item["metadata"]["name"]).lower()
     # The public version of torch accepts a CPU build's local one (2.13.0+cpu) too.

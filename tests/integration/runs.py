@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from opd_ray.cluster.payload_tasks import RayPayloads
 from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
-from opd_ray.learner.group import LearnerGroup
 from opd_ray.main import conf_dir, to_run_config
-from opd_ray.planning.placement import Share
 from opd_ray.replay.batch import SampledBatch
 from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig
@@ -27,6 +27,7 @@ from opd_ray.run.checkpoint import Checkpoint, Checkpoints
 from opd_ray.teacher.worker import TeacherGroup
 from opd_ray.training.controller import Controller, Groups, Outputs
 from opd_ray.training.sources import training_prompts
+from tests.integration.learners import Learners
 
 SMALL = [
     "num_steps=2",
@@ -40,13 +41,17 @@ SMALL = [
     "learner.lr_schedule=constant",
     "teacher.top_k=4",
     "gate.block_size=16",
-    "deadline_s=120",
+    "deadline_s=240",
 ]
-NO_SHARE = Share(0.0, 0.0, 1)
 
 
 def small_config(experiment: str, *overrides: str) -> RunConfig:
     """The named experiment with a few short trajectories a step."""
+    return copy.deepcopy(_small_config(experiment, *overrides))
+
+
+@cache
+def _small_config(experiment: str, *overrides: str) -> RunConfig:
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
@@ -55,11 +60,12 @@ def small_config(experiment: str, *overrides: str) -> RunConfig:
 
 @dataclass
 class Engines:
-    """Rollout and teacher actors that several tests share, and the folder of the student's initial weights."""
+    """Actors that several tests share, and the folder of the student's initial weights."""
 
     rollout: RolloutGroup
     teacher: TeacherGroup
     student_path: str
+    learners: Learners
 
 
 @dataclass
@@ -110,7 +116,7 @@ def train(
     during: Hook | None = None,
     seen: list[SampledBatch] | None = None,
 ) -> RunRecord:
-    """Train with fresh learner and store; `before` and `after` are async hooks around the training, `during` beside it.
+    """Train a fresh student; `before` and `after` are async hooks around the training, `during` beside it.
 
     Checkpoints go to `folder`, if there is one; `seen` takes in the batches of all steps, as they come.
     """
@@ -128,7 +134,7 @@ async def _train(
     record: RunRecord,
 ) -> None:
     before, during, after = hooks
-    learner = LearnerGroup.create(cfg, NO_SHARE, engines.student_path)
+    learner = engines.learners.create(cfg, engines.student_path)
     store = ReplayStore(StoreConfig.of(cfg), RayPayloads(cfg.deadline_s), spill=spill_space(cfg, folder))
     groups = Groups(engines.rollout, engines.teacher, learner, store)
     source = PromptSource(training_prompts(cfg.data, cfg.seed), cfg.seed, cfg.data.epochs or None)

@@ -22,7 +22,8 @@ from opd_ray.trajectory.codec import decode
 from opd_ray.trajectory.rows import RolloutRow, rollout_rows
 from opd_ray.types import LoadReceipt, Prompt, RolloutRequest, WeightsReceipt
 from tests.integration.conftest import save_random_model
-from tests.integration.runs import NO_SHARE, small_config
+from tests.integration.learners import NO_SHARE
+from tests.integration.runs import small_config
 
 pytestmark = pytest.mark.integration
 

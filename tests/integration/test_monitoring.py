@@ -19,7 +19,7 @@ from benchmarks.monitoring_stack import Prometheus, RayHead, prometheus, ray_hea
 from opd_ray.telemetry.exported_series import SERIES, Kind
 from tests.unit.test_monitoring import EXPRESSIONS, in_prometheus
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 BINARY = shutil.which("prometheus")

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 STORE_BYTES = 100 * 2**20

@@ -17,7 +17,7 @@ import pytest
 
 from opd_ray.cli import VERBS
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("opd_ray", "conf", "pyproject.toml", "README.md", "LICENSE")

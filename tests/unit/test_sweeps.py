@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -36,6 +35,7 @@ from opd_ray.run.folder import CONFIG_FILE, RunFolder
 from opd_ray.run.resume import finished_run
 from opd_ray.training.evaluator import evaluation_metrics
 from opd_ray.types import Prompt
+from tests.unit.isolated import run_isolated
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_RUNS = {
@@ -86,14 +86,30 @@ def hydra_sweep(run_config: Callable[..., Any], name: str) -> Any:
 # ---- W&B ----------------------------------------------------------------------------------------------------
 
 
+WANDBS_SWEEPS = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from sweeps.config.schema import sweep_config_jsonschema
+from sweeps.grid_search import grid_search_next_runs
+
+points = {}
+for name, config in json.load(sys.stdin).items():
+    runs = [run for run in grid_search_next_runs([], config, n=1000) if run is not None]
+    points[name] = [{key: value["value"] for key, value in run.config.items()} for run in runs]
+print(json.dumps({"schema": sweep_config_jsonschema, "points": points}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wandbs_sweeps() -> dict[str, Any]:
+    """The schema of W&B's package `sweeps`, and the points that its grid search draws of each sweep."""
+    found: dict[str, Any] = json.loads(run_isolated(WANDBS_SWEEPS, json.dumps({n: wandb_config(n) for n in SWEEPS})))
+    return found
+
+
 @by_name
-def test_wandbs_own_schema_takes_each_sweep(name: str) -> None:
-    found = importlib.util.find_spec("sweeps")
-    if found is None or found.origin is None:
-        pytest.skip("W&B's package `sweeps` is not installed: its schema is not here")
-    # The file alone: importing the package would need SciPy.
-    schema = json.loads((Path(found.origin).parent / "config" / "schema.json").read_text(encoding="utf-8"))
-    validator = jsonschema.Draft7Validator(schema)
+def test_wandbs_own_schema_takes_each_sweep(name: str, wandbs_sweeps: dict[str, Any]) -> None:
+    validator = jsonschema.Draft7Validator(wandbs_sweeps["schema"])
     assert [error.message for error in validator.iter_errors(wandb_config(name))] == []
     wrongs: list[dict[str, Any]] = [
         {"method": "all"},
@@ -117,12 +133,8 @@ def test_a_sweep_that_does_not_exist_is_refused_by_name() -> None:
 
 
 @by_name
-def test_wandb_draws_the_points_that_are_counted_here(name: str) -> None:
-    reason = "W&B's package `sweeps` is not installed, or not with SciPy"
-    sweeps = pytest.importorskip("sweeps.grid_search", reason=reason, exc_type=ImportError)
-    drawn = sweeps.grid_search_next_runs([], wandb_config(name), n=1000)
-    points = [{key: value["value"] for key, value in run.config.items()} for run in drawn if run is not None]
-    assert sorted(sorted(map(str, point.items())) for point in points) == sorted(
+def test_wandb_draws_the_points_that_are_counted_here(name: str, wandbs_sweeps: dict[str, Any]) -> None:
+    assert sorted(sorted(map(str, point.items())) for point in wandbs_sweeps["points"][name]) == sorted(
         sorted(map(str, point.items())) for point in grid(name)
     )
 
