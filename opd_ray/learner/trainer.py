@@ -69,7 +69,7 @@ class Trainer:
             language_model.gradient_checkpointing_enable()
         if cfg.learner.head_kernel is HeadKernel.triton and self._device.type != "cuda":
             raise ModelError("learner.head_kernel=triton needs a learner on a GPU: set learner.head_kernel=torch")
-        policy = PolicyModel(language_model, cfg.learner.head_kernel.value)
+        policy = PolicyModel(language_model, cfg.learner.head_kernel)
         self.takes_trees = policy.takes_trees
         newlines = torch.from_numpy(newline_token_mask(self._tokenizer, policy.head_weight.shape[0]))
         self._columns = learner_columns(cfg.objective, cfg.gate, probes=cfg.telemetry.probe_positions > 0)
