@@ -121,6 +121,7 @@ class VariantGroup:
     ) -> VariantResult:
         """Train the variant of `cfg` with microbatches of at most `budget` padded tokens; trajectories go to `dump`."""
         num_ranks = len(self.workers)
+        cfg = replace(cfg, learner=replace(cfg.learner, num_ranks=num_ranks))
         per_rank: list[list[tuple[RankBatch, Any]]] = [[] for _ in range(num_ranks)]
         for step in steps:
             infos = tuple(step.infos[row] for row in step.rows)
@@ -135,8 +136,8 @@ class VariantGroup:
                 per_rank[rank].append((part, step.payload))
         calls = []
         for rank, worker in enumerate(self.workers):
-            spec = LearnerSpec.of(cfg, rank, model_path, 1, str(dump or ""))
-            calls.append(worker.run.remote(replace(spec, num_ranks=num_ranks), per_rank[rank], states or States()))
+            spec = LearnerSpec(cfg, rank, model_path, 1, str(dump or ""))
+            calls.append(worker.run.remote(spec, per_rank[rank], states or States()))
         results = ray.get(calls, timeout=240)
         by_step = [list(reports) for reports in zip(*(reports for reports, *_ in results), strict=True)]
         return VariantResult(by_step, results[0][1], [refusals for *_, refusals in results])
