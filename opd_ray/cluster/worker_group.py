@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from opd_ray.cluster.faults import RestartBudget
 from opd_ray.cluster.placement import LOOK_S, Placement, place
 from opd_ray.cluster.remote_calls import death_is_known, remote_result, start_named
 from opd_ray.config.choices import PlacementStrategy
@@ -84,9 +85,8 @@ class WorkerGroup:
     def __init__(self, role: str, deadline_s: float, max_restarts: int = 0) -> None:
         self.role = role
         self.deadline_s = deadline_s
-        self.num_restarts = 0
         self.workers: list[Any] = []
-        self._max_restarts = max_restarts
+        self._restarts = RestartBudget(role, max_restarts)
         self._recipe: _Recipe | None = None
         self._placement: Placement | None = None
         self._replacements: dict[int, asyncio.Task[None]] = {}
@@ -141,6 +141,11 @@ class WorkerGroup:
         return await remote_result(ref, f"{self.role}-{index}", self.deadline_s)
 
     @property
+    def num_restarts(self) -> int:
+        """Actors that were replaced in this run."""
+        return self._restarts.used
+
+    @property
     def absent(self) -> set[int]:
         """Workers that died and are not replaced yet; the group goes on with the others."""
         return {index for index, task in self._replacements.items() if not task.done()}
@@ -160,7 +165,7 @@ class WorkerGroup:
             done = asyncio.get_running_loop().create_future()
             done.set_result(None)
             return done
-        self._count_restart(error)
+        self._restarts.spend(error)
         task = asyncio.create_task(self._replaced(index, dead))
         # Nobody may be waiting for it when it fails; whoever comes next is told.
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
@@ -194,7 +199,7 @@ class WorkerGroup:
                 raise
             except ActorDiedError as again:
                 dead = self.workers[index] = worker
-                self._count_restart(again)
+                self._restarts.spend(again)
             except BaseException:
                 self._kill(worker)
                 raise
@@ -222,21 +227,12 @@ class WorkerGroup:
         if warned:
             logger.warning("%s-%d has a node again", self.role, index)
 
-    def _count_restart(self, error: ActorDiedError) -> None:
-        if self.num_restarts >= self._max_restarts:
-            raise ActorDiedError(
-                f"{error}; {self.num_restarts} of group {self.role} were replaced before, faults.max_restarts="
-                f"{self._max_restarts}: mend the cause, then start again with resume=auto"
-            ) from error
-        self.num_restarts += 1
-        logger.warning("%s; it is replaced (%d of at most %d)", error, self.num_restarts, self._max_restarts)
-
     async def prepare(self, worker: Any, index: int) -> None:
         """What a new actor needs in the middle of a run before it serves; nothing by default."""
 
     async def restart(self, error: ActorDiedError) -> None:
         """Put new actors in the place of all, because `error` made the group useless; await `ready` afterwards."""
-        self._count_restart(error)
+        self._restarts.spend(error)
         await asyncio.gather(*(death_is_known(worker, self.deadline_s) for worker in self.workers))
         for worker in self.workers:
             self._kill(worker)
