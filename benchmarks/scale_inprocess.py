@@ -21,7 +21,7 @@ from opd_ray.config.schema import RunConfig
 from opd_ray.learner.step_report import RankReport
 from opd_ray.replay.batch import SampledBatch
 from opd_ray.replay.store import ReplayStore
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.types import WeightsReceipt
 
 

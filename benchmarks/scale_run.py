@@ -18,7 +18,7 @@ from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
 from opd_ray.learner.group import LearnerGroup
 from opd_ray.replay.batch import SampledBatch
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoints
 from opd_ray.teacher.worker import TeacherGroup
 from opd_ray.training.controller import Controller, Groups, Outputs

@@ -32,17 +32,17 @@ class RayPayloads:
         self._deadline_s = deadline_s
         # Without CPUs of their own: the actors of a run hold all of them.
         self._write: Any = ray.remote(num_cpus=0, max_retries=1)(_write)
-        options = {"num_cpus": 0, "max_retries": 1, "runtime_env": {"env_vars": PAYLOAD_ENV}}
-        self._read: Any = ray.remote(_read).options(**options)
+        env = {"env_vars": PAYLOAD_ENV}
+        self._read: Any = ray.remote(num_cpus=0, max_retries=1, runtime_env=env)(_read)
 
     async def write(self, refs: Sequence[Any], paths: Sequence[Path]) -> list[str | None]:
         """See `PayloadIO.write`."""
         nodes = await asyncio.to_thread(_nodes_of, refs)
-        slots = asyncio.Semaphore(_TASKS_PER_NODE * max(1, len(set(nodes.values()))))
+        permits = asyncio.Semaphore(_TASKS_PER_NODE * max(1, len(set(nodes.values()))))
         checksums: list[str | None] = [None] * len(refs)
 
         async def write_some(places: list[int], node: str | None) -> None:
-            async with slots:
+            async with permits:
                 found = await self._write_on(node, [refs[i] for i in places], [paths[i] for i in places])
             for place, checksum in zip(places, found, strict=True):
                 checksums[place] = checksum
@@ -77,10 +77,10 @@ class RayPayloads:
 
     async def read(self, files: Sequence[PayloadFile]) -> list[Any]:
         """See `PayloadIO.read`; the payloads are spread over the nodes."""
-        slots = asyncio.Semaphore(_TASKS_PER_NODE * len(ray.nodes()))  # type: ignore[no-untyped-call]
+        permits = asyncio.Semaphore(_TASKS_PER_NODE * len(ray.nodes()))  # type: ignore[no-untyped-call]
 
         async def read_some(part: Sequence[PayloadFile]) -> list[Any]:
-            async with slots:
+            async with permits:
                 options = {"num_returns": 1 + len(part), "scheduling_strategy": "SPREAD"}
                 checked, *refs = self._read.options(**options).remote(part)
                 try:

@@ -1,11 +1,11 @@
-"""The names that config keys may take. Members carry their own name in lower case, as written on the command line."""
+"""The names that config keys may take. A member equals its name, as written on the command line."""
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 
-class ObjectiveKind(Enum):
+class ObjectiveKind(StrEnum):
     """The loss at a position.
 
     `opd`: policy gradient on the sampled token. Over the K ids of the support: `lsm`, the renormalised reverse KL;
@@ -19,7 +19,7 @@ class ObjectiveKind(Enum):
     jsd = "jsd"
 
 
-class OnNewWeights(Enum):
+class OnNewWeights(StrEnum):
     """What becomes of an engine's running requests when new weights arrive.
 
     `partial`: they go on with the new weights, and each token says which version made it; `finish`: they end with the
@@ -31,21 +31,21 @@ class OnNewWeights(Enum):
     abort = "abort"
 
 
-class Support(Enum):
+class Support(StrEnum):
     """Whose K most probable ids the loss looks at: the teacher's, or the sampling student's."""
 
     teacher_topk = "teacher_topk"
     student_topk = "student_topk"
 
 
-class TeacherBackend(Enum):
+class TeacherBackend(StrEnum):
     """What runs the teacher: `transformers`, in the worker's own process, or a `vllm` engine, which can be split."""
 
     transformers = "transformers"
     vllm = "vllm"
 
 
-class PlacementStrategy(Enum):
+class PlacementStrategy(StrEnum):
     """How a group's workers lie on nodes: together if they can (`pack`), apart if they can (`spread`), or `strict_`."""
 
     pack = "pack"
@@ -54,7 +54,7 @@ class PlacementStrategy(Enum):
     strict_spread = "strict_spread"
 
 
-class Offload(Enum):
+class Offload(StrEnum):
     """What DeepSpeed keeps in host memory: nothing, the `optimizer`'s state, or the parameters too (ZeRO 3)."""
 
     none = "none"
@@ -62,14 +62,14 @@ class Offload(Enum):
     parameters = "parameters"
 
 
-class Direction(Enum):
+class Direction(StrEnum):
     """`forward`: KL(teacher || student); `reverse`: KL(student || teacher)."""
 
     forward = "forward"
     reverse = "reverse"
 
 
-class MaskRule(Enum):
+class MaskRule(StrEnum):
     """Response tokens that leave the loss.
 
     `first_think_and_end`: the first occurrence of each token of "<", "think" and "<|im_end|>" (the code of arXiv
@@ -81,14 +81,14 @@ class MaskRule(Enum):
     special_tokens = "special_tokens"
 
 
-class Advantage(Enum):
+class Advantage(StrEnum):
     """`frozen`: log q - log pi_behavior (the paper); `recompute`: log q - log pi_current (AsyncOPD)."""
 
     frozen = "frozen"
     recompute = "recompute"
 
 
-class GateKind(Enum):
+class GateKind(StrEnum):
     """What weighs the tokens.
 
     Drift gates by segment: `token`, `block`, `sequence`, `newline`. What they are compared with: `off`, truncated
@@ -111,7 +111,7 @@ class GateKind(Enum):
         return self in (GateKind.token, GateKind.block, GateKind.sequence, GateKind.newline)
 
 
-class TauMode(Enum):
+class TauMode(StrEnum):
     """`fixed`: tau itself; `staleness`: tau times the segment's staleness; `quantile`: tau over its quantile."""
 
     fixed = "fixed"
@@ -119,7 +119,7 @@ class TauMode(Enum):
     quantile = "quantile"
 
 
-class GateControl(Enum):
+class GateControl(StrEnum):
     """Controls that tell gating from re-weighting noise: the step's gates permuted, or drawn anew from them."""
 
     none = "none"
@@ -127,7 +127,7 @@ class GateControl(Enum):
     noise = "noise"
 
 
-class DriftStatistic(Enum):
+class DriftStatistic(StrEnum):
     """How a segment's drift is reduced to one number."""
 
     signed_mean = "signed_mean"
@@ -136,7 +136,7 @@ class DriftStatistic(Enum):
     k3 = "k3"
 
 
-class GateNormalize(Enum):
+class GateNormalize(StrEnum):
     """Over which tokens the weights average to one; `none` leaves them as they are and divides by the token count."""
 
     step = "step"
@@ -144,35 +144,35 @@ class GateNormalize(Enum):
     none = "none"
 
 
-class BehaviorSource(Enum):
+class BehaviorSource(StrEnum):
     """Whose log-probs stand for the behaviour student in the drift: the engine's or the learner's own first visit."""
 
     rollout = "rollout"
     learner = "learner"
 
 
-class Dtype(Enum):
+class Dtype(StrEnum):
     """Floating point type of a model's weights."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
-class LogprobDtype(Enum):
+class LogprobDtype(StrEnum):
     """Floating point type of stored log-probs."""
 
     float32 = "float32"
     float16 = "float16"
 
 
-class HeadKernel(Enum):
+class HeadKernel(StrEnum):
     """How the learner reads the support's rows of the LM head: the reference in torch, or a Triton kernel (GPUs)."""
 
     torch = "torch"
     triton = "triton"
 
 
-class ReplayOrder(Enum):
+class ReplayOrder(StrEnum):
     """Which ready trajectories train next.
 
     `fifo`: the oldest slots; `freshest`: those with the newest policy version; `weighted`: a seeded draw with weight
@@ -184,7 +184,7 @@ class ReplayOrder(Enum):
     weighted = "weighted"
 
 
-class StalePolicy(Enum):
+class StalePolicy(StrEnum):
     """What becomes of slow trajectories.
 
     `wait`: the learner waits for them, none is overtaken or dropped; `drop`: they are overtaken, and dropped above
@@ -196,7 +196,7 @@ class StalePolicy(Enum):
     gate = "gate"
 
 
-class LrSchedule(Enum):
+class LrSchedule(StrEnum):
     """Learning-rate schedule after the warm-up."""
 
     constant = "constant"
@@ -204,7 +204,7 @@ class LrSchedule(Enum):
     cosine = "cosine"
 
 
-class Template(Enum):
+class Template(StrEnum):
     """How a prompt becomes text (`data.templates`)."""
 
     completion = "completion"
@@ -215,14 +215,14 @@ class Template(Enum):
     completion_with_solution = "completion_with_solution"
 
 
-class Overlong(Enum):
+class Overlong(StrEnum):
     """What happens to a prompt longer than `data.max_prompt_tokens`."""
 
     error = "error"
     drop = "drop"
 
 
-class AnswerFormat(Enum):
+class AnswerFormat(StrEnum):
     r"""Where the final answer stands in a response (`evaluation.answers`).
 
     `tiny`: ``#n`` on the last line; `last_number`: the number after the last ``####``, else the last number;
@@ -235,7 +235,7 @@ class AnswerFormat(Enum):
     boxed = "boxed"
 
 
-class WandbMode(Enum):
+class WandbMode(StrEnum):
     """`auto` is online when an API key is configured and offline otherwise."""
 
     auto = "auto"

@@ -305,6 +305,16 @@ class RunConfig:
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
 
     @property
+    def longest_response_tokens(self) -> int:
+        """Tokens of the longest response that a rollout engine makes, evaluations included."""
+        return max(self.rollout.max_response_tokens, self.evaluation.max_response_tokens)
+
+    @property
+    def student_top_k(self) -> int:
+        """How many of the student's own most probable ids a trajectory carries at each position."""
+        return self.teacher.top_k if self.teacher.support is Support.student_topk else 0
+
+    @property
     def run_name(self) -> str:
         """Start of the run folder's name."""
         return f"{self.experiment}-{self.scale}-s{self.seed}"

@@ -64,7 +64,7 @@ class LearnerWorker:
             "MASTER_ADDR": host,
             "MASTER_PORT": str(port),
             "RANK": str(spec.rank),
-            "WORLD_SIZE": str(spec.num_ranks),
+            "WORLD_SIZE": str(spec.cfg.learner.num_ranks),
             "LOCAL_RANK": "0",
         }
         from opd_ray.learner.trainer import Trainer
@@ -144,14 +144,13 @@ class LearnerGroup(WorkerGroup):
 
     @classmethod
     def create(cls, cfg: RunConfig, share: Share, path: str, dump_folder: str = "") -> LearnerGroup:
-        """Start the ranks; returns at once (await `ready`). `dump_folder` as `LearnerSpec.of` takes it."""
+        """Start the ranks; returns at once (await `ready`). `dump_folder` as in `LearnerSpec`."""
         group = cls(ROLE, cfg.deadline_s, cfg.faults.max_restarts)
         group.tokens_per_microbatch = cfg.learner.tokens_per_microbatch
         group.reuse = cfg.replay.reuse
-        group.num_dumped = cfg.telemetry.dump_trajectories if dump_folder else 0
-        ranks = range(cfg.learner.num_ranks)
-        specs = [(LearnerSpec.of(cfg, rank, path, share.threads, dump_folder),) for rank in ranks]
-        group.start(LearnerWorker, share, specs, MALLOC_ENV, cfg.placement.learner)
+        specs = [LearnerSpec(cfg, rank, path, share.threads, dump_folder) for rank in range(cfg.learner.num_ranks)]
+        group.num_dumped = specs[0].num_dumped
+        group.start(LearnerWorker, share, [(spec,) for spec in specs], MALLOC_ENV, cfg.placement.learner)
         return group
 
     async def ready(self) -> None:

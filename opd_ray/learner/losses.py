@@ -51,7 +51,7 @@ def token_losses(batch: Microbatch, cfg: ObjectiveConfig, values: HeadValues, be
     logprobs = logits[:, :-1] - log_normalizer
     if cfg.kind is ObjectiveKind.forward_kl:
         return forward_kl_topk(logprobs, teacher, renormalize=False)
-    return tail_kl(logprobs, teacher, direction=cfg.direction.value)
+    return tail_kl(logprobs, teacher, direction=cfg.direction)
 
 
 def _sampled_loss(batch: Microbatch, cfg: ObjectiveConfig, current: Tensor, behavior: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def _sampled_loss(batch: Microbatch, cfg: ObjectiveConfig, current: Tensor, beha
         current,
         behavior,
         batch.teacher_logprobs,
-        advantage=cfg.advantage.name,  # type: ignore[arg-type]
+        advantage=cfg.advantage,
         clip_low=cfg.clip_low,
         clip_high=cfg.clip_high,
         dual_clip=cfg.dual_clip,

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from opd_ray.config.choices import HeadKernel
 from opd_ray.models.loading import PaddedRows, hidden_states
 from opd_ray.models.prefix_tree import takes_prefix_trees
 from opd_ray.objective import head_statistics, overlap_ratio, support_logits, token_logprobs
@@ -84,10 +85,10 @@ HeadOutput = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, t
 class PolicyModel(nn.Module):
     """Wraps a causal language model; the forward pass returns what the losses need and nothing V wide."""
 
-    def __init__(self, language_model: Any, kernel: Literal["torch", "triton"] = "torch") -> None:
+    def __init__(self, language_model: Any, kernel: HeadKernel = HeadKernel.torch) -> None:
         super().__init__()
         self.language_model = language_model
-        self._kernel: Literal["torch", "triton"] = kernel
+        self._kernel = kernel
 
     @property
     def head_weight(self) -> nn.Parameter:

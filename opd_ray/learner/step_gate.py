@@ -212,7 +212,7 @@ class StepGate:
             valid,
             batch.segments.ids,
             tau=0.0,
-            statistic=self._cfg.statistic.name,  # type: ignore[arg-type]
+            statistic=self._cfg.statistic,
             normalize="none",
         )
         self._seen.mismatch += _used_segments(batch, gate, gate.segment_drift.abs())

@@ -96,7 +96,7 @@ def gate_by_drift(
         valid,
         segments,
         tau=tau,
-        statistic=cfg.statistic.name,  # type: ignore[arg-type]
+        statistic=cfg.statistic,
         normalize="sequence" if cfg.normalize is GateNormalize.sequence else "none",
         drift_floor=floor.expand(-1, int(segments.max()) + 1),
         measured_mask=batch.segments.measured,

@@ -5,20 +5,23 @@ vocabulary, H hidden. Tensors `[B,T]` are response-aligned: column 0 is the firs
 hold anything.
 """
 
+from opd_ray.config.choices import Advantage, Direction
+from opd_ray.config.choices import DriftStatistic as Statistic
+from opd_ray.config.choices import GateNormalize as Normalize
 from opd_ray.objective.corrections import (
     geometric_sequence_mask,
     hard_drop_gate,
     icepop_weights,
     truncated_is_weights,
 )
-from opd_ray.objective.divergences import Direction, forward_kl_topk, jsd_topk, lsm_loss, tail_kl
+from opd_ray.objective.divergences import forward_kl_topk, jsd_topk, lsm_loss, tail_kl
 from opd_ray.objective.drift_sample import drift_standard_error, stratified_sample
 from opd_ray.objective.estimators import k1, k2, k3
-from opd_ray.objective.gate import GateResult, Normalize, Statistic, drift_gate
+from opd_ray.objective.gate import GateResult, drift_gate
 from opd_ray.objective.lm_head import support_logits, token_logprobs
 from opd_ray.objective.lm_head_statistics import HeadStatistics, head_statistics
 from opd_ray.objective.reduction import effective_sample_size, gated_token_mean
-from opd_ray.objective.sampled_token import Advantage, sampled_token_loss
+from opd_ray.objective.sampled_token import sampled_token_loss
 from opd_ray.objective.segments import block_segments, newline_segments
 from opd_ray.objective.selection import any_occurrence, first_occurrence, select_by_entropy
 from opd_ray.objective.step_weights import resampled, segment_weights, shuffled

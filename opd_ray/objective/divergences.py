@@ -16,14 +16,12 @@ in nats and only the student carries gradient. What the losses here have in comm
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from opd_ray.objective.inputs import compute_dtype, require_same_shape
-
-Direction = Literal["forward", "reverse"]
+from opd_ray.config.choices import Direction
+from opd_ray.objective.inputs import compute_dtype, require_name, require_same_shape
 
 # The support's log-mass is kept at or below this, so that the tail has a logarithm.
 MAX_LOG_MASS = -1e-7
@@ -89,7 +87,7 @@ def forward_kl_topk(student_topk_logprobs: Tensor, teacher_topk_logprobs: Tensor
     return torch.where(usable, terms.sum(dim=-1), math.nan).to(compute_dtype(*pair))
 
 
-def tail_kl(student_topk_logprobs: Tensor, teacher_topk_logprobs: Tensor, *, direction: Direction) -> Tensor:
+def tail_kl(student_topk_logprobs: Tensor, teacher_topk_logprobs: Tensor, *, direction: Direction | str) -> Tensor:
     """KL over K + 1 bins: the support's entries, and one tail with all the rest of the vocabulary.
 
     The tail's log-prob is log(1 - exp(L)), where L is the log-mass of the support, clamped to at most -1e-7.
@@ -112,8 +110,7 @@ def tail_kl(student_topk_logprobs: Tensor, teacher_topk_logprobs: Tensor, *, dir
     Raises:
         ValueError: shapes differ, K < 1, or an unknown direction.
     """
-    if direction not in get_args(Direction):
-        raise ValueError(f"direction is {direction!r}; use one of {', '.join(get_args(Direction))}")
+    require_name("direction", direction, Direction)
     pair = student_topk_logprobs, teacher_topk_logprobs
     student, teacher, usable, support = _entries(*pair, torch.float64, 1, MAX_LOGPROB)
     bins = torch.cat([support, usable.unsqueeze(-1)], dim=-1)

@@ -8,16 +8,14 @@ valid tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from opd_ray.objective.inputs import compute_dtype, require_rank, require_same_shape
+from opd_ray.config.choices import DriftStatistic as Statistic
+from opd_ray.config.choices import GateNormalize as Normalize
+from opd_ray.objective.inputs import compute_dtype, require_name, require_rank, require_same_shape
 from opd_ray.objective.step_weights import require_max_weight, unit_mean_weights
-
-Statistic = Literal["signed_mean", "mean_abs", "rms", "k3"]
-Normalize = Literal["step", "sequence", "none"]
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ def drift_gate(  # noqa: PLR0913  (the public surface)
     segment_ids: Tensor,
     *,
     tau: float | Tensor,
-    statistic: Statistic,
-    normalize: Normalize,
+    statistic: Statistic | str,
+    normalize: Normalize | str,
     drift_floor: float | Tensor = 0.0,
     measured_mask: Tensor | None = None,
     max_weight: float | None = None,
@@ -123,8 +121,8 @@ def drift_gate(  # noqa: PLR0913  (the public surface)
         response_mask=response_mask,
         segment_ids=segment_ids,
     )
-    _require_name("statistic", statistic, get_args(Statistic))
-    _require_name("normalize", normalize, get_args(Normalize))
+    require_name("statistic", statistic, Statistic)
+    require_name("normalize", normalize, Normalize)
     _require_cap(max_weight, normalize)
     dtype = compute_dtype(current_logprobs, behavior_logprobs)
     with torch.no_grad():
@@ -158,7 +156,7 @@ def _segment_sum(values: Tensor, segment: Tensor, shape: tuple[int, int]) -> Ten
     return values.new_zeros(shape).scatter_add_(1, segment, values)
 
 
-def _segment_statistic(drift: Tensor, segment: Tensor, tokens: Tensor, statistic: Statistic) -> Tensor:
+def _segment_statistic(drift: Tensor, segment: Tensor, tokens: Tensor, statistic: str) -> Tensor:
     """Return the statistic of each segment; `drift` is 0 where it does not count, `tokens` are those that do."""
     if statistic == "signed_mean":
         values = drift
@@ -196,7 +194,7 @@ def _per_segment(name: str, value: float | Tensor, score: Tensor) -> Tensor:
     return wide
 
 
-def _normalised(log_gate: Tensor, tokens: Tensor, normalize: Normalize, max_weight: float | None) -> Tensor:
+def _normalised(log_gate: Tensor, tokens: Tensor, normalize: str, max_weight: float | None) -> Tensor:
     """Return g, or g / mean(g) over valid tokens of the step or the row, `[B,S]` float64."""
     if normalize == "none" or log_gate.numel() == 0:
         return log_gate.exp()
@@ -205,12 +203,7 @@ def _normalised(log_gate: Tensor, tokens: Tensor, normalize: Normalize, max_weig
     return unit_mean_weights(log_gate.reshape(1, -1), tokens.reshape(1, -1), max_weight).reshape(log_gate.shape)
 
 
-def _require_cap(max_weight: float | None, normalize: Normalize) -> None:
+def _require_cap(max_weight: float | None, normalize: str) -> None:
     require_max_weight(max_weight)
     if max_weight is not None and normalize == "none":
         raise ValueError(f'max_weight is {max_weight} but normalize is "none"; cap weights of mean 1, not raw gates')
-
-
-def _require_name(what: str, name: str, known: tuple[str, ...]) -> None:
-    if name not in known:
-        raise ValueError(f"{what} is {name!r}; use one of {', '.join(known)}")

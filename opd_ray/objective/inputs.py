@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,10 @@ def require_ids_within(name: str, ids: Tensor, vocabulary: int) -> None:
             f"{name} range from {low} to {high}, but the head has {vocabulary} rows (0 to {vocabulary - 1}); "
             "score with a teacher that shares the student's vocabulary, and replace padding ids"
         )
+
+
+def require_name(what: str, name: str, known: Iterable[str]) -> None:
+    """Raise ValueError unless `name` is one of `known`."""
+    names = [str(entry) for entry in known]
+    if name not in names:
+        raise ValueError(f"{what} is {name!r}; use one of {', '.join(names)}")

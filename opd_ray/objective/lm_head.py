@@ -9,13 +9,14 @@ drift that a gate looks for.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from opd_ray.objective.inputs import compute_dtype, require_ids_within, require_rank
+from opd_ray.config.choices import HeadKernel
+from opd_ray.objective.inputs import compute_dtype, require_ids_within, require_name, require_rank
 from opd_ray.objective.lm_head_tiles import (
     RunningSoftmax,
     add_product,
@@ -25,8 +26,6 @@ from opd_ray.objective.lm_head_tiles import (
     logit_tiles,
 )
 
-Kernel = Literal["torch", "triton"]
-
 GATHER_BYTES = 8 << 20  # gathered head rows held at once; more falls out of a core's cache and is slower
 GATHER_BYTES_ACCELERATOR = 64 << 20  # larger, so that a kernel's work outweighs its launch
 ROWS_PER_BAG = 1024  # rows of the head whose gradient is formed at once
@@ -34,7 +33,9 @@ DENSE_RATIO = 32  # up to V = DENSE_RATIO * K a plain product is cheaper than ga
 DENSE_PIECES = 8  # pieces of that product, at least
 
 
-def support_logits(hidden: Tensor, head_weight: Tensor, ids: Tensor, *, kernel: Kernel = "torch") -> Tensor:
+def support_logits(
+    hidden: Tensor, head_weight: Tensor, ids: Tensor, *, kernel: HeadKernel | str = HeadKernel.torch
+) -> Tensor:
     """Return the logits of each position's own K tokens, ``hidden[n] @ head_weight[ids[n, k]]``.
 
     Differentiable in `hidden` and `head_weight`. Beyond its results it holds at most GATHER_BYTES of gathered
@@ -57,6 +58,7 @@ def support_logits(hidden: Tensor, head_weight: Tensor, ids: Tensor, *, kernel: 
         ValueError: shapes that do not fit, ids outside the vocabulary, or a kernel that cannot run here.
     """
     require_head(hidden, head_weight)
+    require_name("kernel", kernel, HeadKernel)
     if kernel == "triton":
         _require_triton(hidden)
     require_rank("ids", ids, 2, "[N,K]")
@@ -106,7 +108,7 @@ class _SupportLogits(torch.autograd.Function):
     """Gathers rows in chunks; backward gathers them again and forms each row of the head's gradient once."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, ids: Tensor, kernel: Kernel) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, ids: Tensor, kernel: str) -> Tensor:
         ctx.save_for_backward(hidden, head_weight, ids)
         ctx.kernel = kernel
         dtype = compute_dtype(hidden, head_weight)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from opd_ray.objective.inputs import compute_dtype, require_same_shape
-
-Advantage = Literal["frozen", "recompute"]
+from opd_ray.config.choices import Advantage
+from opd_ray.objective.inputs import compute_dtype, require_name, require_same_shape
 
 
 def sampled_token_loss(  # noqa: PLR0913  (the public surface)
@@ -18,7 +16,7 @@ def sampled_token_loss(  # noqa: PLR0913  (the public surface)
     behavior_logprobs: Tensor,
     teacher_logprobs: Tensor,
     *,
-    advantage: Advantage,
+    advantage: Advantage | str,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = 3.0,
@@ -56,8 +54,7 @@ def sampled_token_loss(  # noqa: PLR0913  (the public surface)
         behavior_logprobs=behavior_logprobs,
         teacher_logprobs=teacher_logprobs,
     )
-    if advantage not in get_args(Advantage):
-        raise ValueError(f"advantage is {advantage!r}; use one of {', '.join(get_args(Advantage))}")
+    require_name("advantage", advantage, Advantage)
     _require_clips(clip_low, clip_high, dual_clip)
     dtype = compute_dtype(current_logprobs, behavior_logprobs, teacher_logprobs)
     behavior, teacher = behavior_logprobs.detach().to(dtype), teacher_logprobs.detach().to(dtype)

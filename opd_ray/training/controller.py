@@ -39,7 +39,7 @@ from opd_ray.learner.diagnostics import Metrics
 from opd_ray.learner.group import LearnerGroup
 from opd_ray.replay.batch import SampledBatch
 from opd_ray.replay.store import ReplayStore
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints
 from opd_ray.storage.committed_folder import ended_in_thread
 from opd_ray.teacher.worker import TeacherGroup

@@ -22,7 +22,7 @@ from opd_ray.learner.step_report import RankReport, step_metrics
 from opd_ray.replay.batch import SampledBatch
 from opd_ray.replay.checkpoint import StoreImage
 from opd_ray.replay.store import ReplayStore
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import LEARNER, STORE, STUDENT, Checkpoint, CheckpointDraft, Checkpoints
 from opd_ray.training.workload import GroupLoad, pipeline_metrics
 from opd_ray.types import LoadReceipt

@@ -29,7 +29,7 @@ from opd_ray.planning.whole_plan import make_plan
 from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints, latest_checkpoint
 from opd_ray.run.folder import CONFIG_FILE, RunFolder
 from opd_ray.run.resume import checkpoint_to_resume
@@ -40,7 +40,7 @@ from opd_ray.training.controller import Controller, Groups, Outputs
 from opd_ray.training.evaluator import FOLDER, SamplesFile, evaluate, evaluation_metrics
 from opd_ray.training.interrupts import end_on_sigterm, run_interruptible
 from opd_ray.training.outputs import RunOutputs
-from opd_ray.training.preflight import PreflightReport, PreflightSpec, preflight
+from opd_ray.training.preflight import PreflightReport, preflight
 from opd_ray.training.sources import evaluation_problems, model_path, training_prompts
 from opd_ray.training.summary import Evaluations, closing_words, shown, summary
 from opd_ray.types import Prompt
@@ -150,10 +150,10 @@ class Session:
         found.require_fit()
 
     async def _preflight(self, prompts: list[Prompt], problems: list[Prompt]) -> PreflightReport:
-        spec = PreflightSpec.of(self.cfg, model_path(self.cfg.student.path), model_path(self.cfg.teacher.path))
+        paths = model_path(self.cfg.student.path), model_path(self.cfg.teacher.path)
         remote: Any = ray.remote(preflight)
         env = {"env_vars": worker_env(Share(ray_cpus=1, gpus=0, threads=1))}
-        ref = remote.options(num_cpus=1, max_retries=0, runtime_env=env).remote(spec, prompts, problems)
+        ref = remote.options(num_cpus=1, max_retries=0, runtime_env=env).remote(self.cfg, *paths, prompts, problems)
         found: PreflightReport = await remote_result(ref, "preflight", self.cfg.deadline_s)
         return found
 

@@ -1,17 +1,20 @@
-"""Made-up scored trajectories, and the reference step on them: one process, one batch, plain torch."""
+"""Made-up scored trajectories, and the step of `opd_ray.objective.reference` on them."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from opd_ray.config.choices import GateKind, ObjectiveKind
 from opd_ray.config.schema import RunConfig
-from opd_ray.models.loading import pad_rows
-from opd_ray.objective import block_segments, newline_segments, sampled_token_loss
+from opd_ray.objective import block_segments, newline_segments, reference, sampled_token_loss
 from opd_ray.trajectory.codec import add_teacher_columns, decode, encode_rollouts
 from opd_ray.trajectory.rows import RolloutRow, ScoredRow, scored_rows
 from opd_ray.trajectory.schema import BatchSpec
@@ -93,61 +96,62 @@ def stale_infos(payload: Any) -> tuple[SampleInfo, ...]:
 
 
 def reference_step(model: Any, rows: list[ScoredRow], cfg: RunConfig, newlines: Any) -> tuple[float, float]:
-    """Loss and gradient norm of one AdamW step on the whole batch with full logits; `model` is changed.
+    """Loss and gradient norm of one AdamW step of the reference on the whole batch; `model` is changed.
 
-    Trajectories are one step old and drift is against the engine's log-probs. Losses and weights are written out here
-    once more, in plain torch and without the package's own; only segments and the PPO clip are the package's.
+    Trajectories are one step old and drift is against the engine's log-probs. LSM and the drift gates are the
+    reference's own; the other losses and the baselines are written out here.
     """
-    block = pad_rows(
-        [row.prompt_token_ids for row in rows],
-        [row.response_token_ids for row in rows],
-        0,
-        torch.device("cpu"),
-    )
-    logits = model(block.input_ids).logits.reshape(-1, int(model.config.vocab_size))[block.positions].double()
-    at = joined(rows, "response_token_ids").long()
-    current = logits.log_softmax(-1).gather(1, at[:, None])[:, 0]
-    losses = reference_losses(cfg, rows, logits, current)
-    weights = reference_weights(cfg, rows, current.detach(), newlines)
-    by_sum = cfg.gate.kind is not GateKind.off and cfg.gate.normalize.name != "none"
-    loss = (weights * losses).sum() / (weights.sum() if by_sum else len(weights))
-    learner = cfg.learner
+    learner, lengths = cfg.learner, torch.tensor([len(row.response_token_ids) for row in rows])
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learner.lr, betas=(0.9, learner.beta2), weight_decay=learner.weight_decay
     )
-    loss.backward()  # type: ignore[no-untyped-call]
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), learner.grad_clip)
-    optimizer.step()
-    return float(loss.detach()), float(norm)
+    recipe = reference.Recipe(
+        int(lengths.max()), 0, block_size=cfg.gate.block_size, tau=cfg.gate.tau, grad_clip=learner.grad_clip
+    )
+    losses_of, weights_of = reference.lsm_losses, reference.block_weights
+    if cfg.objective.kind is not ObjectiveKind.lsm:
+        losses_of = partial(_losses, cfg, padded(rows, "teacher_logprobs"))
+    if cfg.gate.kind is not GateKind.block:
+        weights_of = partial(_weights, cfg, segments_of(cfg, rows, lengths, newlines))
+    return reference.step(model, optimizer, reference_batch(rows, lengths), recipe, losses_of, weights_of)
 
 
-def joined(rows: list[ScoredRow], name: str) -> torch.Tensor:
-    """A token column of all rows, [N] or [N, K]."""
-    return torch.from_numpy(np.concatenate([getattr(row, name) for row in rows]))
+def reference_batch(rows: list[ScoredRow], lengths: Tensor) -> reference.Batch:
+    """The trajectories as the reference takes them."""
+    starts = torch.tensor([len(row.prompt_token_ids) for row in rows])
+    tokens = pad_sequence(
+        [torch.from_numpy(np.concatenate([row.prompt_token_ids, row.response_token_ids])) for row in rows],
+        batch_first=True,
+    ).long()
+    tokens = pad(tokens, (0, int(starts.max() + lengths.max()) - tokens.shape[1]))
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    rollout = reference.Rollout(tokens, starts, mask, padded(rows, "behavior_logprobs"))
+    return reference.Batch(rollout, padded(rows, "teacher_topk_ids").long(), padded(rows, "teacher_topk_logprobs", -3))
 
 
-def reference_losses(
-    cfg: RunConfig, rows: list[ScoredRow], logits: torch.Tensor, current: torch.Tensor
-) -> torch.Tensor:
-    """[N] float64."""
+def padded(rows: list[ScoredRow], name: str, fill: float = 0) -> Tensor:
+    """A token column of all rows, [B, T] or [B, T, K]."""
+    return pad_sequence([torch.tensor(getattr(row, name)) for row in rows], batch_first=True, padding_value=fill)
+
+
+def _losses(cfg: RunConfig, teacher: Tensor, logits: Tensor, batch: reference.Batch) -> Tensor:
+    """[B, T]; `teacher` [B, T] are the sampled tokens' log-probs."""
     objective, kind = cfg.objective, cfg.objective.kind
-    behavior, teacher = joined(rows, "behavior_logprobs").double(), joined(rows, "teacher_logprobs").double()
+    log_pi = logits.log_softmax(-1)
     if kind is ObjectiveKind.opd:
+        current = log_pi.gather(2, batch.rollout.responses[:, :, None])[:, :, 0]
+        behavior = batch.rollout.behavior_logprobs
         return sampled_token_loss(current, behavior, teacher, advantage=objective.advantage.value)
-    ids = joined(rows, "teacher_topk_ids").long()
-    log_q = joined(rows, "teacher_topk_logprobs").double()
-    log_p = logits.log_softmax(-1).gather(1, ids)
+    log_p, log_q = log_pi.gather(2, batch.support), batch.teacher_logprobs
     p, q = log_p.exp(), log_q.exp()
     if kind is ObjectiveKind.tail_kl:
-        log_p, log_q = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], 1) for x in (log_p, log_q))
+        log_p, log_q = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], -1) for x in (log_p, log_q))
         p, q = log_p.exp(), log_q.exp()
         forward = objective.direction.name == "forward"
         return (q * (log_q - log_p)).sum(-1) if forward else (p * (log_p - log_q)).sum(-1)
     if kind is ObjectiveKind.forward_kl and not objective.renormalize:
         return (q * (log_q - log_p)).sum(-1)
     p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
-    if kind is ObjectiveKind.lsm:
-        return (p * (p / q).log()).sum(-1)
     if kind is ObjectiveKind.forward_kl:
         return (q * (q / p).log()).sum(-1)
     mixture = objective.beta * q + (1 - objective.beta) * p
@@ -155,39 +159,42 @@ def reference_losses(
     return objective.beta * by_teacher + (1 - objective.beta) * by_student
 
 
-def reference_weights(cfg: RunConfig, rows: list[ScoredRow], current: torch.Tensor, newlines: Any) -> torch.Tensor:
-    """[N] float64, one segment after the other."""
+def _weights(
+    cfg: RunConfig, segments: Tensor, logits: Tensor, batch: reference.Batch, recipe: reference.Recipe
+) -> Tensor:
+    """[B, T]"""
+    gate, mask = cfg.gate, batch.rollout.mask
+    drift = reference.token_drift(logits, batch.rollout)
+    if gate.kind.is_drift_gate:
+        return reference.gate_weights(drift, mask, segments, gate.tau)
+    ratio, weights = drift.exp(), torch.ones_like(drift)
+    if gate.kind is GateKind.tis:
+        weights = ratio.clamp(max=gate.cap)
+    elif gate.kind is GateKind.icepop:
+        weights = torch.where((ratio >= gate.low) & (ratio <= gate.high), ratio, 0.0)
+    elif gate.kind in (GateKind.hard_drop, GateKind.geometric_mask):
+        for number in range(int(segments.max()) + 1):
+            inside = mask & (segments == number)
+            mean = (drift * inside).sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp(min=1)
+            is_kept = mean.abs() <= gate.drop_above
+            if gate.kind is GateKind.geometric_mask:
+                is_kept = (mean.exp() >= gate.low) & (mean.exp() <= gate.high)
+            weights = torch.where(inside, is_kept.to(weights), weights)
+    if gate.kind in (GateKind.tis, GateKind.icepop) and cfg.objective.kind is ObjectiveKind.opd:
+        weights = weights / ratio  # the loss carries the ratio itself
+    by_sum = gate.kind is not GateKind.off and gate.normalize.name != "none"
+    return weights * mask.sum() / (weights * mask).sum() if by_sum else weights
+
+
+def segments_of(cfg: RunConfig, rows: list[ScoredRow], lengths: Tensor, newlines: Any) -> Tensor:
+    """[B, T] int64, 0 at padding."""
     gate = cfg.gate
-    lengths = [len(row.response_token_ids) for row in rows]
-    drifts = torch.split(current - joined(rows, "behavior_logprobs").double(), lengths)
-    weights = [torch.ones(length, dtype=torch.float64) for length in lengths]
-    for row, drift in enumerate(drifts):
-        ratio = drift.exp()
-        if gate.kind is GateKind.tis:
-            weights[row] = ratio.clamp(max=gate.cap)
-        elif gate.kind is GateKind.icepop:
-            weights[row] = torch.where((ratio >= gate.low) & (ratio <= gate.high), ratio, 0.0)
-        elif gate.kind is GateKind.geometric_mask:
-            weights[row] *= gate.low <= float(drift.mean().exp()) <= gate.high
-        elif gate.kind is not GateKind.off:
-            for segment in segments_of(cfg, rows[row], newlines):
-                score = drift[segment].mean().abs()
-                is_kept = score <= gate.drop_above
-                weights[row][segment] = float(is_kept) if gate.kind is GateKind.hard_drop else (-gate.tau * score).exp()
-        if gate.kind in (GateKind.tis, GateKind.icepop) and cfg.objective.kind is ObjectiveKind.opd:
-            weights[row] = weights[row] / ratio  # the loss carries the ratio itself
-    return torch.cat(weights)
-
-
-def segments_of(cfg: RunConfig, row: ScoredRow, newlines: Any) -> list[torch.Tensor]:
-    """Response positions of each segment."""
-    gate, length = cfg.gate, torch.tensor([len(row.response_token_ids)])
     if gate.kind is GateKind.newline:
-        found = newlines[torch.from_numpy(row.response_token_ids.astype(np.int64))][None]
+        found = newlines[padded(rows, "response_token_ids").long()]
         ids = newline_segments(
-            found, length, min_len=gate.min_span, max_len=gate.max_span, fallback_block=gate.block_size
+            found, lengths, min_len=gate.min_span, max_len=gate.max_span, fallback_block=gate.block_size
         )
     else:
-        size = {GateKind.token: 1, GateKind.sequence: None}.get(gate.kind, gate.block_size)
-        ids = block_segments(length, int(length), size)
-    return [(ids[0] == number).nonzero().flatten() for number in range(int(ids.max()) + 1)]
+        sizes = {GateKind.token: 1, GateKind.sequence: None, GateKind.geometric_mask: None}
+        ids = block_segments(lengths, int(lengths.max()), sizes.get(gate.kind, gate.block_size))
+    return ids.clamp(min=0)

@@ -131,14 +131,14 @@ def engines(learners: Learners, student_folder: Path, teacher_folder: Path) -> I
     """A rollout engine and a teacher that several tests share; whoever kills them has them replaced."""
     import asyncio
 
-    from opd_ray.rollout.worker import RolloutGroup
+    from opd_ray.rollout.group import RolloutGroup
     from opd_ray.teacher.worker import TeacherGroup
-    from opd_ray.training.preflight import PreflightSpec, preflight
+    from opd_ray.training.preflight import preflight
     from tests.integration.learners import NO_SHARE
     from tests.integration.runs import Engines, small_config
 
     cfg = small_config("lsm_block64", "faults.max_restarts=20")
-    report = preflight(PreflightSpec.of(cfg, str(student_folder), str(teacher_folder)), [], [])
+    report = preflight(cfg, str(student_folder), str(teacher_folder), [], [])
     rollout = RolloutGroup.create(cfg, NO_SHARE, [str(student_folder)])
     teacher = TeacherGroup.create(cfg, NO_SHARE, report.vocab_size, report.tokenizer_fingerprint, str(teacher_folder))
 

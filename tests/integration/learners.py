@@ -39,7 +39,7 @@ class ReusedGroup(LearnerGroup):
         self.deadline_s, self.num_restarts, self._max_restarts = cfg.deadline_s, 0, cfg.faults.max_restarts
         self.tokens_per_microbatch, self.reuse = cfg.learner.tokens_per_microbatch, cfg.replay.reuse
         self._lost = []
-        specs = [(LearnerSpec.of(cfg, rank, path, NO_SHARE.threads),) for rank in range(cfg.learner.num_ranks)]
+        specs = [(LearnerSpec(cfg, rank, path, NO_SHARE.threads, ""),) for rank in range(cfg.learner.num_ranks)]
         if self._recipe is None:
             self.start(ReusedWorker, NO_SHARE, specs, MALLOC_ENV, cfg.placement.learner)
             return

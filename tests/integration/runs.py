@@ -22,7 +22,7 @@ from opd_ray.replay.batch import SampledBatch
 from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints
 from opd_ray.teacher.worker import TeacherGroup
 from opd_ray.training.controller import Controller, Groups, Outputs

@@ -110,7 +110,7 @@ def test_the_student_loads_in_transformers(short_run: tuple[Path, str]) -> None:
 def test_the_student_loads_in_vllm(short_run: tuple[Path, str], ray_cluster: None) -> None:
     import asyncio
 
-    from opd_ray.rollout.worker import RolloutGroup
+    from opd_ray.rollout.group import RolloutGroup
     from opd_ray.types import Prompt
     from tests.integration.learners import NO_SHARE
     from tests.integration.runs import small_config

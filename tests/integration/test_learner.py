@@ -180,8 +180,9 @@ WRITTEN_OUT = [
 
 
 @pytest.mark.parametrize("experiment", WRITTEN_OUT)
-def test_a_step_equals_one_written_out(two_ranks: VariantGroup, student_folder: Path, experiment: str) -> None:
-    cfg = with_zero(config_of(experiment), 1 + len(experiment) % 3)
+def test_a_step_equals_the_references(two_ranks: VariantGroup, student_folder: Path, experiment: str) -> None:
+    """Losses, gradient norms and weights, within 1e-5; for `lsm` and `lsm_block64` all of it is the reference's own."""
+    cfg = with_zero(config_of(experiment, "learner.lr=5e-4"), 1 + len(experiment) % 3)
     payload = scored_payload(LENGTHS, seed=3)
     infos = stale_infos(payload)
     step = VariantStep(payload, tuple(range(len(LENGTHS))), infos, 5)
@@ -198,7 +199,7 @@ def test_a_step_equals_one_written_out(two_ranks: VariantGroup, student_folder: 
     for name, parameter in model.named_parameters():
         difference = (result.weights[name] - parameter.detach()).abs()
         # AdamW's first step is lr * sign(gradient): only gradients of nearly zero may land elsewhere.
-        assert float(difference.max()) < 0.05 * cfg.learner.lr, name
+        assert float(difference.max()) < 1e-5, name
         assert float(difference.mean()) < 1e-4 * cfg.learner.lr, name
         moved = max(moved, float((parameter.detach() - before[name]).abs().max()))
     assert moved > 1e-4, "the step must have moved the weights"

@@ -18,9 +18,9 @@ from opd_ray.config.choices import Dtype, LogprobDtype
 from opd_ray.config.schema import RunConfig
 from opd_ray.errors import SchemaError
 from opd_ray.models.loading import load_causal_lm
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.teacher.worker import TeacherGroup
-from opd_ray.training.preflight import PreflightSpec, preflight
+from opd_ray.training.preflight import preflight
 from opd_ray.trajectory.codec import decode, encode_rollouts
 from opd_ray.trajectory.rows import RolloutRow, ScoredRow, rollout_rows, scored_rows
 from opd_ray.trajectory.schema import BatchSpec, read_spec
@@ -85,7 +85,7 @@ def scored(
     dtypes = ("replay.logprob_dtype=float32", f"replay.sampled_logprob_dtype={dtype}")
     split = SPLIT if is_split else ()
     cfg = small_config("lsm", f"teacher.support={support}", f"teacher.top_k={top_k}", *sampling, *dtypes, *split)
-    report = preflight(PreflightSpec.of(cfg, str(student_folder), str(teacher_folder)), [], [])
+    report = preflight(cfg, str(student_folder), str(teacher_folder), [], [])
     assert report.vocab_size == VOCAB
     rollout = RolloutGroup.create(cfg, NO_SHARE, [str(student_folder)])
     teacher = TeacherGroup.create(cfg, NO_SHARE, report.vocab_size, report.tokenizer_fingerprint, str(teacher_folder))

@@ -113,6 +113,7 @@ class VariantGroup:
         # A test that killed a rank has left another one in its place.
         workers = self._group.workers
         num_ranks = len(workers)
+        cfg = replace(cfg, learner=replace(cfg.learner, num_ranks=num_ranks))
         per_rank: list[list[tuple[RankBatch, Any]]] = [[] for _ in range(num_ranks)]
         for step in steps:
             infos = tuple(step.infos[row] for row in step.rows)
@@ -127,9 +128,8 @@ class VariantGroup:
                 per_rank[rank].append((part, step.payload))
         calls = []
         for rank, worker in enumerate(workers):
-            spec = LearnerSpec.of(cfg, rank, model_path, 1, str(dump or ""))
-            own = replace(spec, num_ranks=num_ranks)
-            calls.append(worker.__ray_call__.remote(_run, own, per_rank[rank], states or States()))
+            spec = LearnerSpec(cfg, rank, model_path, 1, str(dump or ""))
+            calls.append(worker.__ray_call__.remote(_run, spec, per_rank[rank], states or States()))
         results = ray.get(calls, timeout=240)
         by_step = [list(reports) for reports in zip(*(reports for reports, *_ in results), strict=True)]
         return VariantResult(by_step, results[0][1], [refusals for *_, refusals in results])

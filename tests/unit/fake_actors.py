@@ -26,7 +26,7 @@ from opd_ray.replay.batch import SampledBatch
 from opd_ray.replay.payload_io import PayloadFile, read_payload, write_payload
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints
 from opd_ray.training.controller import Controller, Groups, Outputs
 from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt

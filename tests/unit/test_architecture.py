@@ -94,7 +94,13 @@ ARROWS: dict[str, set[str]] = {
     "teacher": {"cluster", "models", "planning", "trajectory", "data"},
     "learner": {"cluster", "models", "planning", "trajectory", "data", "objective", "replay", "run"},
 }
-LOWEST = {"types": set(), "errors": set(), "config": {"types", "errors"}, "storage": {"errors"}, "objective": set()}
+LOWEST = {
+    "types": set(),
+    "errors": set(),
+    "config": {"types", "errors"},
+    "storage": {"errors"},
+    "objective": {"config"},
+}
 VERBS = {"main", "evaluate", "plan", "compare", "inspect", "cli"}
 
 

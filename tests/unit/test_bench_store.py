@@ -57,3 +57,14 @@ def test_the_check_against_a_contender_that_is_not_there_fails_and_says_why() ->
     made = {item["name"]: item for item in checks({}, {"torchrl": "not installed"})}
     assert made["streamed/ratio_to_torchrl"]["ok"] is False
     assert made["streamed/ratio_to_torchrl"]["reason"] == "not installed"
+
+
+def test_other_projects_are_checked_and_plain_references_are_a_figure() -> None:
+    figures = {"streamed": 2.0, "alone": 2.0, "bytes": 0.7}
+    made = checks({"transferqueue": figures, "torchrl": figures, "numpy_by_reference": figures}, {})
+    assert {item["name"]: item["ok"] for item in made} == {
+        "streamed/ratio_to_transferqueue": False,
+        "bytes/ratio_to_transferqueue": True,
+        "streamed/ratio_to_torchrl": False,
+        "bytes/ratio_to_torchrl": True,
+    }

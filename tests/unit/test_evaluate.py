@@ -17,8 +17,8 @@ from opd_ray.evaluation.grading import Completion, ProblemSet
 from opd_ray.evaluation.samples import SamplesHeader, read_samples, to_graded, write_samples
 from opd_ray.evaluation.verdict import Verdict
 from opd_ray.evaluation.verifier import Verification
-from opd_ray.rollout import engine_group
-from opd_ray.rollout.engine_group import EngineGroup
+from opd_ray.rollout import group as rollout_group
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.training.evaluate_config import EvaluateConfig, check_evaluate_config, engine_config, problem_sets
 from opd_ray.training.evaluated_model import Results, judged_model
 from opd_ray.training.evaluator import SamplesFile, evaluate, judge, problem_set_name
@@ -216,8 +216,8 @@ class SlowEngine:
         return self.looks, 0 if self.stands_still else self.looks
 
 
-def engines(*targets: SlowEngine, deadline_s: float = 30.0) -> tuple[EngineGroup, list[Handle]]:
-    group = EngineGroup("rollout", deadline_s)
+def engines(*targets: SlowEngine, deadline_s: float = 30.0) -> tuple[RolloutGroup, list[Handle]]:
+    group = RolloutGroup("rollout", deadline_s)
     handles = [Handle(target, f"rollout-{index}") for index, target in enumerate(targets)]
     group.workers = list(handles)
     return group, handles
@@ -225,7 +225,7 @@ def engines(*targets: SlowEngine, deadline_s: float = 30.0) -> tuple[EngineGroup
 
 @pytest.fixture(autouse=True)
 def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_group, "LOOK_S", 0.02)
+    monkeypatch.setattr(rollout_group, "LOOK_S", 0.02)
 
 
 def test_answers_come_in_order_from_all_engines_and_progress_is_told() -> None:

@@ -66,7 +66,7 @@ def losses(batch: dict[str, Tensor], head: Tensor, objective: str) -> tuple[Tens
     if objective == "lsm":
         logits = support_logits(hidden, head, batch["topk_ids"].reshape(-1, K))
         return lsm_loss(logits, batch["topk"].reshape(-1, K)).reshape(shape), current
-    return sampled_token_loss(current, batch["behavior"], batch["teacher"], advantage=objective), current  # type: ignore[arg-type]
+    return sampled_token_loss(current, batch["behavior"], batch["teacher"], advantage=objective), current
 
 
 def segments(batch: dict[str, Tensor], kind: str) -> Tensor:

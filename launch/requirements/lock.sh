@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Rewrites requirements/cpu.lock from pyproject.toml: what pip resolves today for this machine's platform.
-#   bash requirements/lock.sh [pip options]
+# Rewrites launch/requirements/cpu.lock from pyproject.toml: what pip resolves today for this machine's platform.
+#   bash launch/requirements/lock.sh [pip options]
 # Nothing is installed. Where pip would resolve torch to a CUDA build, name the CPU builds:
-#   bash requirements/lock.sh --extra-index-url https://download.pytorch.org/whl/cpu
+#   bash launch/requirements/lock.sh --extra-index-url https://download.pytorch.org/whl/cpu
 set -euo pipefail
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)
 python=${PYTHON:-python3.11}
 pip_version=26.3
 scratch=$(mktemp -d)
@@ -36,11 +36,11 @@ for item in installs:
 cuda = sorted(name for name in pins if name.startswith(("nvidia-", "cuda-")))
 if cuda:
     sys.exit(f"lock.sh: torch resolved to a CUDA build ({cuda[0]}, ...): name an index with CPU builds")
-print("# Everything that opd_ray needs on a CPU machine, tests included. Made by requirements/lock.sh; do not edit.")
+print("# Everything that opd_ray needs on a CPU machine, tests included. Made by launch/requirements/lock.sh; do not edit.")
 for name in sorted(pins.keys() - LEFT_OUT):
     marker = ' ; platform_machine == "x86_64"' if name in X86_ONLY else ""
     print(f"{name}=={pins[name]}{marker}")
 PYTHON
 
-mv -- "$scratch/cpu.lock" "$root/requirements/cpu.lock"
-echo "requirements/cpu.lock: $(grep -vc '^#' "$root/requirements/cpu.lock") packages"
+mv -- "$scratch/cpu.lock" "$root/launch/requirements/cpu.lock"
+echo "launch/requirements/cpu.lock: $(grep -vc '^#' "$root/launch/requirements/cpu.lock") packages"

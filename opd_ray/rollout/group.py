@@ -1,4 +1,4 @@
-"""The rollout engines as a group: who has which weights, also after one of them was replaced."""
+"""The group of rollout engines: all hold the weights published last, also after one of them was replaced."""
 
 from __future__ import annotations
 
@@ -8,23 +8,41 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from opd_ray.cluster.remote_calls import remote_result
-from opd_ray.cluster.worker_group import WorkerGroup
+from opd_ray.cluster.worker_group import WorkerGroup, vllm_env
 from opd_ray.config.choices import Template
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ActorDiedError, DeadlineError, LearnerLostError, PayloadLostError, WeightSyncError
 from opd_ray.evaluation.grading import Completion
+from opd_ray.planning.placement import Share
+from opd_ray.rollout.worker import RolloutWorker
 from opd_ray.types import LoadReceipt, Prompt, WeightsReceipt
+
+ROLE = "rollout"
 
 LOOK_S = 1.0
 """How often engines that answer problems are asked how far they are, seconds."""
 
 
-class EngineGroup(WorkerGroup):
+class RolloutGroup(WorkerGroup):
     """Engines that all hold the weights published last; one that is replaced gets them before it serves."""
 
     def __init__(self, role: str, deadline_s: float, max_restarts: int = 0) -> None:
         super().__init__(role, deadline_s, max_restarts)
         # Kept for engines to come; the buckets belong to this process, so they outlive the learner.
         self._published: tuple[WeightsReceipt, tuple[Any, ...]] | None = None
+
+    @classmethod
+    def create(cls, cfg: RunConfig, share: Share, paths: Sequence[str], role: str = ROLE) -> RolloutGroup:
+        """Start one engine for each entry of `paths`; returns at once (await `ready`).
+
+        Under another `role` than the usual one it samples from the teacher, in the teacher's dtype.
+        """
+        group = cls(role, cfg.deadline_s, cfg.faults.max_restarts)
+        dtype = (cfg.student if role == ROLE else cfg.teacher).dtype
+        args = [(cfg, f"{role}-{index}", path, dtype) for index, path in enumerate(paths)]
+        env = vllm_env(share, cfg.rollout.kv_cache_gib, cfg.rollout.tensor_parallel)
+        group.start(RolloutWorker, share, args, env, cfg.placement.rollout)
+        return group
 
     async def publish(self, weights: WeightsReceipt, buckets: Sequence[Any]) -> list[LoadReceipt]:
         """Hop 12: hand weights to all engines; returns when each that serves has confirmed version and checksum.
