@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Makes an environment with more packages than .venv has, for comparisons with other projects; prints its interpreter.
 #   bash launch/extra_environment.sh oracles     TRL, verl, Liger-Kernel, SciPy: tests/oracles, benchmarks.bench_vs_trl
+#   bash launch/extra_environment.sh isolated    Triton, W&B's sweeps: a few unit tests (launch/test.sh calls it)
 #   bash launch/extra_environment.sh peers       TransferQueue, TorchRL: benchmarks.bench_store
 #   BASE_PYTHON=/path/to/python bash launch/extra_environment.sh NAME     on top of another environment than .venv
 # Makes .venv-NAME, which adds launch/requirements/NAME.lock to the packages of .venv and leaves .venv as it is.
 # Packages come from wherever pip is configured to look.
 set -euo pipefail
 
-name=${1:?give the name of a file in requirements without .lock: oracles or peers}
+name=${1:?give the name of a file in requirements without .lock: isolated, oracles or peers}
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv-$name
 lock=$root/launch/requirements/$name.lock
@@ -40,6 +41,9 @@ find_base() {
   base=${BASE_PYTHON:-$root/.venv/bin/python}
   if [[ -z ${BASE_PYTHON:-} ]]; then bash "$root/launch/environment.sh" >&2; fi
   site=$(site_of "$base") || fail "BASE_PYTHON=$base does not run as a Python interpreter"
+}
+
+check_base() {
   "$base" -c 'import torch, transformers, pytest, ray, pyarrow' 2>/dev/null ||
     fail "$base lacks torch, transformers, pytest, ray or pyarrow: leave BASE_PYTHON out, or name a complete environment's"
 }
@@ -48,6 +52,7 @@ up_to_date() { [[ -f $stamp && $(<"$stamp") == "$(fingerprint)" ]] && "$venv/bin
 
 install() {
   local start=$SECONDS
+  check_base
   if [[ -d $venv && ! -f $owner && -n $(ls -A -- "$venv") ]]; then
     fail "$venv was not made by this script: move it away"
   fi
@@ -68,7 +73,7 @@ install() {
   say "ready after $((SECONDS - start)) s"
 }
 
-[[ -f $lock ]] || fail "there is no $lock: give oracles or peers"
+[[ -f $lock ]] || fail "there is no $lock: give isolated, oracles or peers"
 find_base
 # This file itself is the lock, for two shells that install at once.
 exec {lock_fd}<"${BASH_SOURCE[0]}"
