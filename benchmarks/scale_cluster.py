@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from benchmarks.scale_actors import FakeEngine, FakeRank, FakeTeacher, Sizes
+from benchmarks.scale_model import RESPONSE_TOKENS
 from benchmarks.scale_run import Cluster
 from opd_ray.cluster.remote_calls import start_named
 from opd_ray.cluster.worker_group import WorkerGroup
@@ -17,7 +18,6 @@ from opd_ray.learner.group import LearnerGroup
 from opd_ray.rollout.group import RolloutGroup
 from opd_ray.teacher.worker import TeacherGroup
 
-RESPONSE_TOKENS = 16_384
 DEADLINE_S = 900.0
 WAVE = 6
 

@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from opd_ray.actors.store import store_config
-from opd_ray.replay.desk import Call, Reply, StoreDesk
-
 from benchmarks.scale_actors import FakeEngine, FakeTeacher, Payload, Sizes
-from benchmarks.scale_run import Cluster, TimedStore
+from benchmarks.scale_run import Cluster
 from opd_ray.cluster.worker_group import WorkerGroup
-from opd_ray.config.schema import RunConfig
 from opd_ray.learner.step_report import RankReport
 from opd_ray.replay.batch import SampledBatch
-from opd_ray.replay.store import ReplayStore
 from opd_ray.rollout.group import RolloutGroup
 from opd_ray.types import WeightsReceipt
 
@@ -52,20 +47,6 @@ class _Handle:
 
     def __getattr__(self, name: str) -> _Method:
         return _Method(getattr(self._target, name))
-
-
-class _Desk:
-    def __init__(self, store: ReplayStore) -> None:
-        self._desk = StoreDesk(store)
-
-    def do(self, calls: Sequence[Call]) -> asyncio.Future[Reply]:
-        return asyncio.ensure_future(self._desk.do(calls))
-
-    def relieve(self) -> asyncio.Future[Reply]:
-        return asyncio.ensure_future(self._desk.relieve())
-
-    def close(self) -> None:
-        """Nothing was started."""
 
 
 class _Engines(RolloutGroup):
@@ -108,8 +89,3 @@ def in_process(num_engines: int, num_teachers: int, num_ranks: int, delay_s: flo
     learner: Any = _Learner(num_ranks)
     group: Any = teachers
     return Cluster(engines, group, learner)
-
-
-def store_in_process(cfg: RunConfig) -> TimedStore:
-    """The store as an object."""
-    return TimedStore(cfg, start=lambda _: _Desk(ReplayStore(store_config(cfg))))

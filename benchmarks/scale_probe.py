@@ -1,9 +1,9 @@
-"""CPU seconds and memory of the processes of a run: the driver, the store's actor, Ray's own, the fake actors."""
+"""CPU seconds and memory of the processes of a run: the driver, Ray's own, the fake actors."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +11,7 @@ from typing import Any
 
 import psutil
 
-GROUPS = {"ray::ReplayStore": "store", "ray::": "actors", "raylet/raylet": "raylet", "gcs_server": "gcs"}
-LAG_TICK_S = 0.02
+GROUPS = {"ray::": "actors", "raylet/raylet": "raylet", "gcs_server": "gcs"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +26,12 @@ class Usage:
         return {name: self.cpu_s[name] - before.cpu_s.get(name, 0.0) for name in self.cpu_s}
 
 
+def own_cpu() -> dict[str, float]:
+    """CPU seconds of the driver's main thread, whichever thread asks, and of the whole driver."""
+    main_thread = time.pthread_getcpuclockid(threading.main_thread().ident or 0)
+    return {"driver_loop": time.clock_gettime(main_thread), "driver": time.process_time()}
+
+
 def _processes() -> Iterator[tuple[str, psutil.Process]]:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -38,14 +43,14 @@ def _processes() -> Iterator[tuple[str, psutil.Process]]:
 
 
 class Probe:
-    """Looks at the processes that are there now; call it where the controller's loop runs."""
+    """Looks at the processes that are there now."""
 
     def __init__(self) -> None:
-        self._processes = [("driver", psutil.Process()), *_processes()]
+        self._processes = [*_processes()]
 
     def usage(self) -> Usage:
         """CPU seconds by group; the driver's with all of its threads."""
-        cpu_s: dict[str, float] = {"driver_loop": time.thread_time()}
+        cpu_s = own_cpu()
         for name, process in self._processes:
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
@@ -55,7 +60,7 @@ class Probe:
     def memory(self) -> dict[str, float]:
         """MiB by group that would be free without it (for actors: the mean), and how many actors there are."""
         found: dict[str, list[float]] = {}
-        for name, process in self._processes:
+        for name, process in [("driver", psutil.Process()), *self._processes]:
             with contextlib.suppress(psutil.Error):
                 found.setdefault(name, []).append(process.memory_full_info().uss / 2**20)
         actors = found.pop("actors", [0.0])
@@ -72,29 +77,3 @@ def object_store() -> dict[str, float]:
     node = ray.nodes()[0]  # type: ignore[no-untyped-call]
     stats = ask(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False).store_stats
     return {"mib": stats.object_store_bytes_used / 2**20, "objects": float(stats.num_local_objects)}
-
-
-class Lag:
-    """How late the driver's event loop comes to what is due: while it is late, no other call goes on."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    async def watch(self) -> None:
-        """Until cancelled."""
-        while True:
-            begun = time.perf_counter()
-            await asyncio.sleep(LAG_TICK_S)
-            self.seconds.append(time.perf_counter() - begun - LAG_TICK_S)
-
-
-def quantiles(seconds: list[float]) -> dict[str, Any]:
-    """Milliseconds."""
-    ordered = sorted(seconds)
-    if not ordered:
-        return {"n": 0}
-    return {
-        "p50_ms": 1e3 * ordered[len(ordered) // 2],
-        "p99_ms": 1e3 * ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
-        "n": len(ordered),
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Mapping
@@ -10,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opd_ray.actors.store import StoreClient
-
 from benchmarks.machine import spread
-from benchmarks.scale_probe import Lag, Probe, Usage, object_store, quantiles
+from benchmarks.scale_probe import Probe, Usage, object_store, own_cpu
+from opd_ray.cluster.payload_tasks import RayPayloads
 from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
 from opd_ray.learner.group import LearnerGroup
 from opd_ray.replay.batch import SampledBatch
+from opd_ray.replay.staleness import StoreConfig
+from opd_ray.replay.store import ReplayStore
 from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoints
 from opd_ray.teacher.worker import TeacherGroup
@@ -49,39 +49,19 @@ class Scenario:
         return cfg
 
 
-class TimedStore(StoreClient):
-    """The store's client; keeps the seconds of every call by method, in the order of their ends."""
-
-    def __init__(self, cfg: RunConfig, **how: Any) -> None:
-        super().__init__(cfg, **how)
-        self.calls: dict[str, list[float]] = {}
-
-    async def _call(self, method: str, *args: Any, **options: Any) -> Any:
-        begun = time.perf_counter()
-        try:
-            return await super()._call(method, *args, **options)
-        finally:
-            self.calls.setdefault(method, []).append(time.perf_counter() - begun)
-
-    async def snapshot(self, folder: Path) -> None:
-        """Write what the store has."""
-        await self._call("snapshot", folder)
-
-
 class _EnoughError(Exception):
     """The time is over."""
 
 
 @dataclass
 class Measurement:
-    """Called after each step; ends the run once the steady state has lasted long enough."""
+    """Called after each step, in a thread; ends the run once the steady state has lasted long enough."""
 
     scenario: Scenario
     read: Callable[[], Usage]
-    store: TimedStore
-    lag: Lag
     step_s: list[float] = field(default_factory=list)
     in_flight: list[float] = field(default_factory=list)
+    loop_lag_s: list[float] = field(default_factory=list)
     wait_share: dict[str, list[float]] = field(default_factory=dict)
     ahead: int = 0
     begin: Usage | None = None
@@ -94,11 +74,11 @@ class Measurement:
         now = self.read()
         if self.begin is None:
             self.begin = now
-            self.store.calls.clear()
-            self.lag.seconds.clear()
             return
         self.step_s.append(metrics["time/step_s"])
         self.in_flight.append(metrics["replay/in_flight"])
+        if (lag_s := metrics.get("controller/loop_lag_s/p99")) is not None:
+            self.loop_lag_s.append(lag_s)
         for key, value in metrics.items():
             if key.startswith("pipeline/wait_share/"):
                 self.wait_share.setdefault(key.rpartition("/")[2], []).append(value)
@@ -127,12 +107,12 @@ class Measurement:
             "wait_share": {name: sum(shares) / len(shares) for name, shares in self.wait_share.items()},
             "cpu_ms_per_trajectory": {name: 1e3 * seconds / trained for name, seconds in used.items()},
             "cpu_ms_per_request": {name: 1e3 * seconds / requests for name, seconds in used.items()},
+            "cpu_ms_per_step": {name: 1e3 * seconds / len(self.step_s) for name, seconds in used.items()},
             "share_of_a_core": {name: seconds / wall_s for name, seconds in used.items()},
             # What one core would give if it did nothing but the controller's loop.
             "loop_limit_trajectories_per_s": trained / used["driver_loop"],
             "driver_limit_trajectories_per_s": trained / used["driver"],
-            "loop_lag": quantiles(self.lag.seconds),
-            "store_calls": {name: quantiles(seconds) for name, seconds in self.store.calls.items()},
+            "loop_lag_p99_of_steps_s": spread(self.loop_lag_s) if self.loop_lag_s else {},
         }
 
 
@@ -153,38 +133,23 @@ def prompts() -> list[Prompt]:
 async def run(
     scenario: Scenario,
     cluster: Cluster,
-    make_store: Callable[[RunConfig], TimedStore],
     *,
     probe: bool,
-    at_end: Callable[[TimedStore], Any] | None = None,
 ) -> dict[str, Any]:
-    """Figures of one scenario; `at_end` is awaited while the store still has what it had, its result is added."""
+    """Figures of one scenario."""
     num_engines = len(cluster.engines.workers)
     cfg = scenario.config(num_engines, len(cluster.teachers.workers), len(cluster.learner.workers))
-    store = make_store(cfg)
-    lag = Lag()
-    watching = asyncio.create_task(lag.watch())
-    try:
-        await store.state()
-        looked = Probe() if probe else None
-        read = looked.usage if looked else lambda: Usage(time.monotonic(), _own_cpu())
-        measured = Measurement(scenario, read, store, lag)
-        outputs = Outputs(measured.step_done, lambda _: None, Checkpoints(Path("none"), 0, 1, {}, dict))
-        groups = Groups(cluster.engines, cluster.teachers, cluster.learner, store)
-        controller = Controller(cfg, groups, PromptSource(prompts(), 0), [], outputs)
-        with contextlib.suppress(_EnoughError):
-            await controller.train()
-        found = measured.figures(num_engines)
-        found["books"] = await controller.ledger()  # raises unless they balance
-        if looked is not None:
-            found["memory"], found["object_store"] = looked.memory(), object_store()
-        if at_end is not None:
-            found |= await at_end(store)
-        return found
-    finally:
-        watching.cancel()
-        store.shutdown()
-
-
-def _own_cpu() -> dict[str, float]:
-    return {"driver_loop": time.thread_time(), "driver": time.process_time()}
+    store = ReplayStore(StoreConfig.of(cfg), RayPayloads(cfg.deadline_s))
+    looked = Probe() if probe else None
+    read = looked.usage if looked else lambda: Usage(time.monotonic(), own_cpu())
+    measured = Measurement(scenario, read)
+    outputs = Outputs(measured.step_done, lambda _: 0, Checkpoints(Path("none"), 0, 1, {}, dict))
+    groups = Groups(cluster.engines, cluster.teachers, cluster.learner, store)
+    controller = Controller(cfg, groups, PromptSource(prompts(), 0), [], outputs)
+    with contextlib.suppress(_EnoughError):
+        await controller.train()
+    found = measured.figures(num_engines)
+    found["books"] = controller.ledger()  # raises unless they balance
+    if looked is not None:
+        found["memory"], found["object_store"] = looked.memory(), object_store()
+    return found

@@ -20,7 +20,7 @@ from opd_ray.cluster.worker_group import PAYLOAD_ENV
 from opd_ray.errors import ActorDiedError, PayloadLostError, SnapshotError
 from opd_ray.replay.payload_io import PayloadFile, read_payload, write_payload
 
-_PAYLOADS_PER_TASK = 32
+PAYLOADS_PER_TASK = 32
 _TASKS_PER_NODE = 2
 _NAME = "payload-task"
 
@@ -51,8 +51,8 @@ class RayPayloads:
             async with asyncio.TaskGroup() as tasks:
                 for node in sorted(set(nodes.values()), key=str):
                     places = [place for place in range(len(refs)) if nodes[place] == node]
-                    for start in range(0, len(places), _PAYLOADS_PER_TASK):
-                        tasks.create_task(write_some(places[start : start + _PAYLOADS_PER_TASK], node))
+                    for start in range(0, len(places), PAYLOADS_PER_TASK):
+                        tasks.create_task(write_some(places[start : start + PAYLOADS_PER_TASK], node))
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
         return checksums
@@ -93,7 +93,7 @@ class RayPayloads:
                     ) from error
                 return list(refs)
 
-        parts = [files[start : start + _PAYLOADS_PER_TASK] for start in range(0, len(files), _PAYLOADS_PER_TASK)]
+        parts = [files[start : start + PAYLOADS_PER_TASK] for start in range(0, len(files), PAYLOADS_PER_TASK)]
         found = await asyncio.gather(*(read_some(part) for part in parts))
         return [ref for refs in found for ref in refs]
 
