@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from opd_ray.cluster.faults import RestartBudget
 from opd_ray.cluster.worker_group import MALLOC_ENV
 from opd_ray.config.schema import RunConfig
 from opd_ray.learner.group import LearnerGroup, LearnerWorker
@@ -36,7 +37,7 @@ class ReusedGroup(LearnerGroup):
 
     def begin(self, cfg: RunConfig, path: str) -> None:
         """What `LearnerGroup.create` does, with the processes that are there."""
-        self.deadline_s, self.num_restarts, self._max_restarts = cfg.deadline_s, 0, cfg.faults.max_restarts
+        self.deadline_s, self._restarts = cfg.deadline_s, RestartBudget(ROLE, cfg.faults.max_restarts)
         self.tokens_per_microbatch, self.reuse = cfg.learner.tokens_per_microbatch, cfg.replay.reuse
         self._lost = []
         specs = [(LearnerSpec(cfg, rank, path, NO_SHARE.threads, ""),) for rank in range(cfg.learner.num_ranks)]
