@@ -30,17 +30,12 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 QUICK = {
     "lsm_block64",
     "lsm_block64_capped",
-    "lsm_block64_engine_calibrated",
     "lsm_block64_sampled_drift",
     "lsm_block64_shuffle",
     "lsm_block64_tau_quantile",
     "lsm_high_entropy",
-    "lsm_newline",
-    "lsm_student_support",
     "lsm_with_sampled",
-    "opd_block64",
     "opd_recompute_icepop",
-    "tail_kl_reverse",
 }
 EXPERIMENTS = [
     pytest.param(path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)

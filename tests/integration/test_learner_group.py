@@ -115,6 +115,7 @@ async def lose_and_restart(group: LearnerGroup, folder: Path) -> None:
     await group.train_step(some_batch(), 1)
 
 
+@pytest.mark.slow
 def test_a_lost_payload_costs_its_rows_and_a_lost_rank_is_named_its_weights_stay_and_the_group_goes_on_from_its_state(
     learners: Learners, student_folder: Path, tmp_path: Path
 ) -> None:
