@@ -32,6 +32,7 @@ class LearnerSpec:
     seed: int
     probe_positions: int
     dump_folder: str = ""
+    support: str = "teacher_topk"
 
     @classmethod
     def of(  # noqa: PLR0913  (the public surface)
@@ -56,6 +57,7 @@ class LearnerSpec:
             seed=cfg.seed,
             probe_positions=cfg.telemetry.probe_positions,
             dump_folder=dump_folder if cfg.telemetry.dump_trajectories else "",
+            support=cfg.teacher.support,
         )
 
 

@@ -72,7 +72,7 @@ class RolloutSpec:
             eval_max_response_tokens=cfg.evaluation.max_response_tokens,
             eval_temperature=cfg.evaluation.temperature,
             eval_top_p=cfg.evaluation.top_p,
-            support=cfg.teacher.support,
+            support=cfg.teacher.scored,
             top_k=cfg.teacher.top_k,
             on_new_weights=cfg.rollout.on_new_weights,
             sampled_logprob_dtype=cfg.replay.sampled_logprob_dtype,

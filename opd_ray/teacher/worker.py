@@ -159,7 +159,7 @@ class TeacherGroup(WorkerGroup):
                     vocab_size=vocab_size,
                     tokenizer_fingerprint=fingerprint,
                     threads=share.threads,
-                    support=cfg.teacher.support,
+                    support=cfg.teacher.scored,
                     sampled_logprob_dtype=cfg.replay.sampled_logprob_dtype,
                     backend=cfg.teacher.backend,
                     max_model_tokens=cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens,
