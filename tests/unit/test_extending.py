@@ -1,4 +1,4 @@
-"""The README of `opd_ray/objective`: each file of *Add your own* is added to a copy and run; the library example runs."""
+"""The README of `opd_ray/objective`: each file of *Add your own* is added to a copy and run, and the example runs."""
 
 from __future__ import annotations
 
