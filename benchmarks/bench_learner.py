@@ -22,13 +22,21 @@ import numpy as np
 import torch
 
 from benchmarks.machine import machine, spread
-from opd_ray.config.choices import Dtype, GateKind, LogprobDtype, Support, Template
-from opd_ray.config.schema import GateConfig, LearnerConfig, ObjectiveConfig
+from opd_ray.config.choices import Dtype, GateKind
+from opd_ray.config.schema import (
+    GateConfig,
+    LearnerConfig,
+    ObjectiveConfig,
+    ReplayConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from opd_ray.data.packing import plan_microbatches
 from opd_ray.learner.spec import LearnerSpec, rank_batches
 from opd_ray.learner.step_report import RankReport
 from opd_ray.models.tokenization import load_tokenizer, tokenizer_fingerprint
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.teacher.worker import TeacherSpec, TeacherWorker
 from opd_ray.trajectory.codec import decode, encode_rollouts
 from opd_ray.trajectory.rows import RolloutRow, scored_rows
@@ -87,21 +95,9 @@ def scored_payload(args: argparse.Namespace) -> Any:
             )
         )
     payload = encode_rollouts(rows, BatchSpec(fingerprint))
-    teacher = TeacherWorker(
-        TeacherSpec(
-            name="teacher-0",
-            model_path=args.model,
-            dtype=Dtype.float32,
-            template=Template.completion,
-            top_k=args.top_k,
-            support=Support.teacher_topk,
-            logprob_dtype=LogprobDtype.float16,
-            max_batch_tokens=4096,
-            vocab_size=len(tokenizer),
-            tokenizer_fingerprint=fingerprint,
-            threads=torch.get_num_threads(),
-        )
-    )
+    cfg = RunConfig(teacher=TeacherConfig(top_k=args.top_k, max_batch_tokens=4096))
+    spec = TeacherSpec(cfg, "teacher-0", args.model, len(tokenizer), fingerprint, torch.get_num_threads())
+    teacher = TeacherWorker(spec)
     return teacher.score(payload, BatchReceipt((), "rollout-0", 0.0, payload.size), prompts)[0]
 
 
@@ -110,22 +106,15 @@ def train(args: argparse.Namespace, variant: str, payload: Any) -> list[RankRepo
     from opd_ray.learner.trainer import Trainer
 
     objective, gate = VARIANTS[variant]
-    spec = LearnerSpec(
-        name="learner-0",
-        rank=0,
-        num_ranks=1,
-        model_path=args.model,
+    cfg = RunConfig(
+        num_steps=1000,
+        student=StudentConfig(dtype=Dtype[args.dtype]),
         learner=LearnerConfig(dtype=Dtype[args.dtype], lr=1e-6, tokens_per_microbatch=args.tokens_per_microbatch),
         objective=ObjectiveConfig(kind=objective),
         gate=GateConfig(kind=gate),
-        reuse=1000,
-        num_steps=1000,
-        publish_dtype=args.dtype,
-        threads=torch.get_num_threads(),
-        seed=0,
-        probe_positions=64,
+        replay=ReplayConfig(reuse=1000),
     )
-    trainer = Trainer(spec)
+    trainer = Trainer(LearnerSpec(cfg, 0, args.model, torch.get_num_threads()))
     rows = scored_rows(decode(payload))
     lengths = [len(row.prompt_token_ids) + len(row.response_token_ids) for row in rows]
     plan = plan_microbatches(lengths, 1, args.tokens_per_microbatch)
@@ -136,7 +125,7 @@ def train(args: argparse.Namespace, variant: str, payload: Any) -> list[RankRepo
             for row in rows
         )
         batch = SampledBatch((payload,), tuple((0, index) for index in range(len(rows))), infos)
-        ((part, payloads),) = rank_batches(batch, plan, version, spec.reuse)
+        ((part, payloads),) = rank_batches(batch, plan, version, cfg.replay.reuse)
         reports.append(trainer.train_step(part, payloads))
     return reports
 

@@ -4,7 +4,7 @@
 
 Measured is the peak of a process's private memory (RssAnon of /proc/PID/status, read every 0.2 s) over the whole run.
 Predicted is `opd_ray.planning` for the same config, with responses of full length; pages of libraries and of Ray's
-object store are shared and left out on both sides. smollm2 needs a model folder and GSM8K (see the README).
+object store are shared and left out on both sides. smollm2 needs a model folder and GSM8K (conf/README.md, Scales).
 The last line printed is the record as JSON. Exit code 1 when a check fails.
 """
 

@@ -39,7 +39,7 @@ TRAIN = (
     *("-m", "opd_ray.main", "+experiment=lsm_block64", "replay=overlap", "num_steps=400", "evaluation.path=''"),
     *("telemetry.wandb=disabled", "telemetry.progress=false"),
 )
-ACTORS = ("rollout-0", "teacher-0", "learner-0", "replay-store")
+ACTORS = ("rollout-0", "teacher-0", "learner-0")
 GRAPH = "max by (group) (ray_opd_wait_share)"
 RUN_S, WATCHED_S, PAGE_S = 240.0, 45.0, 30.0
 

@@ -26,8 +26,9 @@ from opd_ray.learner.spec import ROLE as LEARNER
 from opd_ray.learner.spec import LearnerSpec
 from opd_ray.models import weights
 from opd_ray.planning.placement import Share, plan_resources
-from opd_ray.rollout.worker import ROLE as ROLLOUT
-from opd_ray.rollout.worker import RolloutGroup, RolloutSpec, RolloutWorker
+from opd_ray.rollout.group import ROLE as ROLLOUT
+from opd_ray.rollout.group import RolloutGroup
+from opd_ray.rollout.worker import RolloutWorker
 from opd_ray.types import LoadReceipt, Prompt, RolloutRequest, WeightsReceipt
 
 DEADLINE_S = 300.0
@@ -111,8 +112,8 @@ class TimedLearner(LearnerWorker):
 class TimedEngine(RolloutWorker):
     """The real engine with clocks."""
 
-    def __init__(self, spec: RolloutSpec) -> None:
-        super().__init__(spec)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self._clock = Clock()
         self._clock.time_checksums()
         self._clock.time_decoding(self._engine._engine)
@@ -169,11 +170,11 @@ class Publishers:
         """Start the actors, with as many threads as a run here would give them."""
         plan = plan_resources(cfg, os.cpu_count() or 1, 0)
         learner = LearnerGroup(LEARNER, DEADLINE_S)
-        learner.start(TimedLearner, _free(plan.learner), [(LearnerSpec.of(cfg, 0, model, plan.learner.threads),)], {})
+        learner.start(TimedLearner, _free(plan.learner), [(LearnerSpec(cfg, 0, model, plan.learner.threads),)], {})
         rollout = RolloutGroup(ROLLOUT, DEADLINE_S)
         names = [f"{ROLLOUT}-{index}" for index in range(cfg.rollout.num_engines)]
-        specs = [(RolloutSpec.of(cfg, name, model, cfg.student.dtype.name),) for name in names]
-        rollout.start(TimedEngine, _free(plan.rollout), specs, {"VLLM_CPU_KVCACHE_SPACE": "1"})
+        args = [(cfg, name, model, cfg.student.dtype) for name in names]
+        rollout.start(TimedEngine, _free(plan.rollout), args, {"VLLM_CPU_KVCACHE_SPACE": "1"})
         return cls(learner, rollout)
 
     async def publish(self) -> dict[str, float]:

@@ -19,7 +19,7 @@ import ray
 
 from benchmarks.machine import check
 from benchmarks.pipeline_runs import quartiles
-from opd_ray.actors.store import StoreClient
+from opd_ray.cluster.payload_tasks import RayPayloads
 from opd_ray.cluster.worker_group import WorkerGroup
 from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
@@ -28,8 +28,10 @@ from opd_ray.learner.spec import RankBatch
 from opd_ray.learner.step_report import RankReport
 from opd_ray.models.weights import WeightBucket
 from opd_ray.planning.placement import Share
-from opd_ray.replay.cohort import SampledBatch
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.replay.batch import SampledBatch
+from opd_ray.replay.staleness import StoreConfig
+from opd_ray.replay.store import ReplayStore
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoints
 from opd_ray.teacher.worker import TeacherGroup
 from opd_ray.training.controller import Controller, Groups, Outputs
@@ -134,6 +136,10 @@ class SleepingLearner:
         """The number of weight buckets."""
         return 1
 
+    def takes_trees(self) -> bool:
+        """Nothing is computed."""
+        return False
+
     def train_step(self, batch: RankBatch, refs: Sequence[Any]) -> RankReport:
         """Fetch the payloads, and sleep."""
         ray.get(list(refs))
@@ -199,15 +205,12 @@ async def train(stages: Stages, work: StageWork, max_staleness: int, steps: int)
     """One run through the real controller and a new store; its steps."""
     cfg = stage_config(work, max_staleness, steps)
     log = StepLog()
-    store = StoreClient(cfg)
+    store = ReplayStore(StoreConfig.of(cfg), RayPayloads(cfg.deadline_s))
     source = PromptSource([Prompt(id=str(index), problem="1+1=") for index in range(100)], 0, None)
-    outputs = Outputs(log.add, lambda _: None, Checkpoints(Path("none"), 0, 1, {}, dict))
+    outputs = Outputs(log.add, lambda _: 0, Checkpoints(Path("none"), 0, 1, {}, dict))
     groups = Groups(rollout=stages.rollout, teacher=stages.teacher, learner=stages.learner, store=store)
     controller = Controller(cfg, groups, source, [], outputs)
-    try:
-        await controller.train()
-    finally:
-        store.shutdown()
+    await controller.train()
     return log.rows
 
 

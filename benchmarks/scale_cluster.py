@@ -14,7 +14,7 @@ from benchmarks.scale_run import Cluster
 from opd_ray.cluster.remote_calls import start_named
 from opd_ray.cluster.worker_group import WorkerGroup
 from opd_ray.learner.group import LearnerGroup
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.teacher.worker import TeacherGroup
 
 RESPONSE_TOKENS = 16_384

@@ -11,16 +11,17 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from opd_ray.actors.store import store_config
+from opd_ray.replay.desk import Call, Reply, StoreDesk
+
 from benchmarks.scale_actors import FakeEngine, FakeTeacher, Payload, Sizes
 from benchmarks.scale_run import Cluster, TimedStore
-from opd_ray.actors.store import store_config
 from opd_ray.cluster.worker_group import WorkerGroup
 from opd_ray.config.schema import RunConfig
 from opd_ray.learner.step_report import RankReport
-from opd_ray.replay.cohort import SampledBatch
-from opd_ray.replay.desk import Call, Reply, StoreDesk
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.replay.store import ReplayStore
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.types import WeightsReceipt
 
 

@@ -12,7 +12,7 @@ from benchmarks.machine import spread
 from benchmarks.scale_actors import CHECKSUM, Payload
 from benchmarks.scale_run import Cluster
 from opd_ray.data.packing import plan_microbatches
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.types import SampleInfo, WeightsReceipt
 
 REPEATS = 5

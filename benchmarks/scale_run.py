@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opd_ray.actors.store import StoreClient
+
 from benchmarks.machine import spread
 from benchmarks.scale_probe import Lag, Probe, Usage, object_store, quantiles
-from opd_ray.actors.store import StoreClient
 from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
 from opd_ray.learner.group import LearnerGroup
-from opd_ray.replay.cohort import SampledBatch
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.replay.batch import SampledBatch
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoints
 from opd_ray.teacher.worker import TeacherGroup
 from opd_ray.training.controller import Controller, Groups, Outputs

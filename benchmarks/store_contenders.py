@@ -17,13 +17,15 @@ import numpy as np
 import ray
 
 from benchmarks.store_workload import ARRAYS, Sums, Workload, make_rows, read
-from opd_ray.actors.store import StoreClient
+from opd_ray.cluster.payload_tasks import RayPayloads
 from opd_ray.cluster.remote_calls import remote_result
 from opd_ray.cluster.worker_group import MALLOC_ENV, worker_env
 from opd_ray.config.choices import LogprobDtype
 from opd_ray.config.schema import ReplayConfig, RunConfig
 from opd_ray.planning.placement import Share
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
+from opd_ray.replay.staleness import StoreConfig
+from opd_ray.replay.store import ReplayStore
 from opd_ray.types import BatchReceipt, TrajectoryReceipt
 
 DEADLINE_S = 120.0
@@ -103,7 +105,7 @@ class StoreProducer:
         """Answer once it is there."""
 
     def produce(self, slots: tuple[int, ...], version: int) -> tuple[Any, BatchReceipt]:
-        """Hops 3 and 5: a payload, whose responses end at a policy version, and its receipt."""
+        """Stages 3 and 5: a payload, whose responses end at a policy version, and its receipt."""
         from opd_ray.teacher.worker import rounded
         from opd_ray.trajectory.codec import add_teacher_columns, decode, encode_rollouts
 
@@ -150,7 +152,7 @@ class StoreConsumer:
         """Answer once it is there."""
 
     def read(self, batch: SampledBatch) -> Sums:
-        """Hop 9: the trajectories of a batch, fetched as a rank fetches its own."""
+        """Stage 9: the trajectories of a batch, fetched as a rank fetches its own."""
         return self.read_payloads(batch, ray.get(list(batch.refs)))
 
     def read_payloads(self, batch: SampledBatch, payloads: Sequence[Any]) -> Sums:
@@ -164,7 +166,7 @@ class StoreConsumer:
 
 
 class OpdRay(Contender):
-    """The store as a run starts it, and the driver's two loops as the controller has them."""
+    """The store in the driver's event loop, and the two loops around it as the controller has them."""
 
     name = "opd_ray"
 
@@ -180,11 +182,10 @@ class OpdRay(Contender):
         self.settings |= {"logprob_dtype": dtypes[0].name, "sampled_logprob_dtype": dtypes[1].name}
         self.settings["default_bytes_per_token"] = default_bytes(self.work) / self.work.tokens
         env = worker_env(Share(ray_cpus=0, gpus=0, threads=1))
-        self._store = StoreClient(cfg)
+        self._store = ReplayStore(StoreConfig.of(cfg), RayPayloads(DEADLINE_S))
         self._producer = start_actor(StoreProducer, env, self.work, *dtypes)
         self._consumer = start_actor(StoreConsumer, env)
         self._version = 0
-        self._next: asyncio.Task[SampledBatch | None] | None = None
         await asyncio.gather(self._producer.ping.remote(), self._consumer.ping.remote())
         self._num_bytes = 0
 
@@ -203,25 +204,24 @@ class OpdRay(Contender):
     async def stream(self, seconds: float) -> int:
         """Bring batches through for so long, and then the rest; returns how many."""
         until, is_last, num_started, num_read = time.perf_counter() + seconds, False, 0, 0
-        producers: set[asyncio.Task[None]] = set()
+        async with asyncio.TaskGroup() as tasks:
 
-        async def rollout_loop() -> None:
-            nonlocal is_last, num_started
-            while not is_last:
-                slots = await self._acquire()
-                is_last = time.perf_counter() >= until
-                num_started += 1
-                producers.add(asyncio.create_task(self._produce(slots)))
+            async def rollout_loop() -> None:
+                nonlocal is_last, num_started
+                while not is_last:
+                    slots = await self._acquire()
+                    is_last = time.perf_counter() >= until
+                    num_started += 1
+                    tasks.create_task(self._produce(slots))
 
-        rollouts = asyncio.create_task(rollout_loop())
-        while not is_last or num_read < num_started:
-            await self._step()
-            num_read += 1
-        await asyncio.gather(rollouts, *producers)
+            tasks.create_task(rollout_loop())
+            while not is_last or num_read < num_started:
+                await self._step()
+                num_read += 1
         return num_read
 
     async def _acquire(self) -> tuple[int, ...]:
-        slots = await self._store.acquire_slots(self.work.trajectories)
+        slots = await self._store.acquire(self.work.trajectories)
         self._store.assign(slots, [f"prompt-{row}" for row in range(len(slots))])
         return slots
 
@@ -229,16 +229,13 @@ class OpdRay(Contender):
         payload, receipt_ref = self._producer.produce.options(num_returns=2).remote(slots, self._version)
         receipt: BatchReceipt = await self._result(receipt_ref)
         self._num_bytes = receipt.num_bytes
-        await self._store.append(receipt, payload)
+        self._store.append(receipt, payload)
 
     async def _step(self) -> Sums:
-        batch = await (self._next or self._store.sample(self._version))
+        batch = await self._store.sample(self.work.trajectories, self._version)
         if batch is None:
             raise SystemExit("the store has no more batches")
         sums: Sums = await self._result(self._consumer.read.remote(batch))
         self._version += 1
-        self._store.stepped(batch)
-        # Together, as the learner's loop does.
-        self._next = asyncio.create_task(self._store.sample(self._version))
-        await self._store.release(batch.slots, self._version)
+        self._store.release(batch.slots, self._version)
         return sums

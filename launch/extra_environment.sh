@@ -3,14 +3,14 @@
 #   bash launch/extra_environment.sh oracles     TRL, verl, Liger-Kernel, SciPy: tests/oracles, benchmarks.bench_vs_trl
 #   bash launch/extra_environment.sh peers       TransferQueue, TorchRL: benchmarks.bench_store
 #   BASE_PYTHON=/path/to/python bash launch/extra_environment.sh NAME     on top of another environment than .venv
-# Makes .venv-NAME, which adds requirements/NAME.lock to the packages of .venv and leaves .venv as it is.
+# Makes .venv-NAME, which adds launch/requirements/NAME.lock to the packages of .venv and leaves .venv as it is.
 # Packages come from wherever pip is configured to look.
 set -euo pipefail
 
 name=${1:?give the name of a file in requirements without .lock: oracles or peers}
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv-$name
-lock=$root/requirements/$name.lock
+lock=$root/launch/requirements/$name.lock
 log=$venv/install.log
 owner=$venv/opd_ray.$name      # says that this script made the folder: only then may it be emptied
 stamp=$venv/opd_ray.installed  # written last: what is installed

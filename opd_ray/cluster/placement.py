@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from opd_ray.config.choices import PlacementStrategy
 from opd_ray.errors import ResourceError
@@ -33,11 +33,6 @@ def cluster_nodes() -> list[NodeResources]:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     alive = (node["Resources"] for node in nodes if node["Alive"])
     return [NodeResources(has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in alive]
-
-
-def near_driver() -> NodeAffinitySchedulingStrategy:
-    """The driver's node, where a socket leads: what dies with it costs the run nothing that the driver does not."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 class Placement:

@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 # Handed on to workers where the driver has them set.
 _INHERITED = ("HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT", "VLLM_LOGGING_LEVEL")
 
+# Ray hands results under 100 KB to the caller itself: a payload, which has 2.2 KB at least, must not take that way
+# through the driver. Metadata of up to some sixty trajectories does, and is no object in Ray's store then.
+PAYLOAD_ENV = {"RAY_max_direct_call_object_size": "2048"}
+
 # For workers that run whole models forward and backward: glibc keeps the memory of freed tensors. To have the pages of
 # every activation and gradient anew takes several percent of a teacher's time, and a third of an optimizer step.
 MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
@@ -42,9 +46,7 @@ def worker_env(share: Share) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # Ray hands results under 100 KB to the caller itself: payload, which has 2.2 KB at least, must not take that
-        # way through the driver. Receipts of up to some sixty trajectories do, and are no objects in the store then.
-        "RAY_max_direct_call_object_size": "2048",
+        **PAYLOAD_ENV,
     }
     if share.gpus == 0:
         env |= {

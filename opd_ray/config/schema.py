@@ -276,6 +276,7 @@ class TelemetryConfig:
         64, "positions a rank and step where the full distribution is looked at, 0 = none", ge=0
     )
     min_support_mass: float = ranged(0.5, "alarm where the student's mean mass on the support is below", ge=0, le=1)
+    max_loop_lag_s: float = ranged(1.0, "alarm where the controller's event loop runs later than this (p99, s)", ge=0)
     dump_trajectories: int = ranged(
         0, "trajectories of a step that are written to the run folder for `opd_ray.inspect`, 0 = none", ge=0
     )
@@ -310,6 +311,16 @@ class RunConfig:
     def trajectories_per_step(self) -> int:
         """Trajectories that one optimizer step uses."""
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+
+    @property
+    def longest_response_tokens(self) -> int:
+        """Tokens of the longest response that a rollout engine makes, evaluations included."""
+        return max(self.rollout.max_response_tokens, self.evaluation.max_response_tokens)
+
+    @property
+    def student_top_k(self) -> int:
+        """How many of the student's own most probable ids a trajectory carries at each position."""
+        return self.teacher.top_k if self.teacher.scored is Support.student_topk else 0
 
     @property
     def run_name(self) -> str:

@@ -19,11 +19,11 @@ from ray.exceptions import ObjectLostError
 from opd_ray.cluster.worker_group import MALLOC_ENV, WorkerGroup
 from opd_ray.config.schema import RunConfig
 from opd_ray.data.packing import plan_microbatches
-from opd_ray.errors import ActorDiedError, ActorError
+from opd_ray.errors import ActorDiedError, ActorError, PayloadLostError
 from opd_ray.learner.spec import ROLE, LearnerSpec, LostTrajectories, RankBatch, rank_batches
 from opd_ray.learner.step_report import RankReport
 from opd_ray.planning.placement import Share
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.types import WeightsReceipt
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # After the first failure, how long the other ranks are listened to.
 _LAST_WORDS_S = 5.0
+# A payload that was lost with its node, or one that cannot be read back from the file that it was spilled to.
+_LOST = (ObjectLostError, PayloadLostError)
 
 
 class LearnerWorker:
@@ -62,7 +64,7 @@ class LearnerWorker:
             "MASTER_ADDR": host,
             "MASTER_PORT": str(port),
             "RANK": str(spec.rank),
-            "WORLD_SIZE": str(spec.num_ranks),
+            "WORLD_SIZE": str(spec.cfg.learner.num_ranks),
             "LOCAL_RANK": "0",
         }
         from opd_ray.learner.trainer import Trainer
@@ -142,14 +144,13 @@ class LearnerGroup(WorkerGroup):
 
     @classmethod
     def create(cls, cfg: RunConfig, share: Share, path: str, dump_folder: str = "") -> LearnerGroup:
-        """Start the ranks; returns at once (await `ready`). `dump_folder` as `LearnerSpec.of` takes it."""
+        """Start the ranks; returns at once (await `ready`). `dump_folder` as in `LearnerSpec`."""
         group = cls(ROLE, cfg.deadline_s, cfg.faults.max_restarts)
         group.tokens_per_microbatch = cfg.learner.tokens_per_microbatch
         group.reuse = cfg.replay.reuse
-        group.num_dumped = cfg.telemetry.dump_trajectories if dump_folder else 0
-        ranks = range(cfg.learner.num_ranks)
-        specs = [(LearnerSpec.of(cfg, rank, path, share.threads, dump_folder),) for rank in ranks]
-        group.start(LearnerWorker, share, specs, MALLOC_ENV, cfg.placement.learner)
+        specs = [LearnerSpec(cfg, rank, path, share.threads, dump_folder) for rank in range(cfg.learner.num_ranks)]
+        group.num_dumped = specs[0].num_dumped
+        group.start(LearnerWorker, share, [(spec,) for spec in specs], MALLOC_ENV, cfg.placement.learner)
         return group
 
     async def ready(self) -> None:
@@ -227,7 +228,7 @@ def _fetched(refs: Sequence[Any]) -> tuple[list[Any], set[int]]:
     """The values of references, and the numbers of those that are lost."""
     try:
         return ray.get(list(refs)), set()
-    except ObjectLostError:
+    except _LOST:
         values = [_value_or_none(ref) for ref in refs]
         return values, {number for number, value in enumerate(values) if value is None}
 
@@ -235,7 +236,7 @@ def _fetched(refs: Sequence[Any]) -> tuple[list[Any], set[int]]:
 def _value_or_none(ref: Any) -> Any:
     try:
         return ray.get(ref)
-    except ObjectLostError:
+    except _LOST:
         return None
 
 

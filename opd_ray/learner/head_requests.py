@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from opd_ray.config.choices import GateKind
+from opd_ray.config.schema import RunConfig
 from opd_ray.learner.behavior_memory import BehaviorMemory
 from opd_ray.learner.facts import probe_positions
 from opd_ray.learner.losses import needs_logprobs, requested_ids
 from opd_ray.learner.microbatch import Microbatch
 from opd_ray.learner.policy_model import HeadRequest, LogprobMode
-from opd_ray.learner.spec import LearnerSpec
 from opd_ray.learner.step_gate import StepGate
 
 
 class HeadRequests:
     """Makes the requests of a rank's forward passes."""
 
-    def __init__(self, spec: LearnerSpec, gate: StepGate, memory: BehaviorMemory) -> None:
-        self._spec = spec
+    def __init__(self, cfg: RunConfig, gate: StepGate, memory: BehaviorMemory) -> None:
+        self._cfg = cfg
         self._gate = gate
         self._memory = memory
 
@@ -31,13 +31,13 @@ class HeadRequests:
 
         `is_planned`: the weights are known already. The step's probe is spread over its `num_passes` passes.
         """
-        objective = self._spec.objective
+        objective = self._cfg.objective
         mode, at = LogprobMode.none, None
         if with_loss and needs_logprobs(objective):
             mode = LogprobMode.differentiable
         elif not is_planned and self._needs_drift(batch):
             mode, at = LogprobMode.constant, _measured_at(batch)
-        probe = probe_positions(batch, -(-self._spec.probe_positions // num_passes)) if with_loss else None
+        probe = probe_positions(batch, -(-self._cfg.telemetry.probe_positions // num_passes)) if with_loss else None
         # The sampled token, where it was added, may stand in the support twice.
         width = batch.support_ids.shape[1] - objective.include_sampled
         return HeadRequest(
@@ -51,13 +51,13 @@ class HeadRequests:
 
     def placeholder(self, device: torch.device) -> HeadRequest:
         """The least that gives a placeholder's output a graph through the whole model."""
-        if needs_logprobs(self._spec.objective):
+        if needs_logprobs(self._cfg.objective):
             return HeadRequest(logprobs=LogprobMode.differentiable)
         return HeadRequest(support_ids=torch.zeros(1, 1, dtype=torch.int64, device=device))
 
     def _needs_drift(self, batch: Microbatch) -> bool:
         """Drift takes the full log-sum-exp only where the gate can bite, or to remember log-probs for it."""
-        if self._spec.gate.kind is GateKind.off:
+        if self._cfg.gate.kind is GateKind.off:
             return False
         return self._memory.remembers or self._gate.weighs_fresh or not all(batch.fresh)
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd_ray.config.schema import GateConfig, LearnerConfig, ObjectiveConfig, RunConfig
+from opd_ray.config.schema import RunConfig
 from opd_ray.data.packing import Plan
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.types import SampleInfo, info_values
 
 ROLE = "learner"
@@ -16,49 +16,26 @@ ROLE = "learner"
 
 @dataclass(frozen=True, slots=True)
 class LearnerSpec:
-    """A rank's part of the config."""
+    """The config of the run and what it does not say: the rank, where the student is, and its threads.
 
-    name: str
+    `dump_folder`, which all ranks share, takes in the trajectories that are dumped; empty = nowhere.
+    """
+
+    cfg: RunConfig
     rank: int
-    num_ranks: int
     model_path: str
-    learner: LearnerConfig
-    objective: ObjectiveConfig
-    gate: GateConfig
-    reuse: int
-    num_steps: int
-    publish_dtype: str
     threads: int
-    seed: int
-    probe_positions: int
     dump_folder: str = ""
-    support: str = "teacher_topk"
 
-    @classmethod
-    def of(  # noqa: PLR0913  (the public surface)
-        cls, cfg: RunConfig, rank: int, model_path: str, threads: int, dump_folder: str = ""
-    ) -> LearnerSpec:
-        """The part of `cfg` for one rank that trains the student of `model_path`.
+    @property
+    def name(self) -> str:
+        """The rank's name in errors and in the dashboard."""
+        return f"{ROLE}-{self.rank}"
 
-        `dump_folder`, which all ranks share, takes in the trajectories that are dumped; empty = nowhere.
-        """
-        return cls(
-            name=f"{ROLE}-{rank}",
-            rank=rank,
-            num_ranks=cfg.learner.num_ranks,
-            model_path=model_path,
-            learner=cfg.learner,
-            objective=cfg.objective,
-            gate=cfg.gate,
-            reuse=cfg.replay.reuse,
-            num_steps=cfg.num_steps,
-            publish_dtype=cfg.student.dtype.name,
-            threads=threads,
-            seed=cfg.seed,
-            probe_positions=cfg.telemetry.probe_positions,
-            dump_folder=dump_folder if cfg.telemetry.dump_trajectories else "",
-            support=cfg.teacher.support,
-        )
+    @property
+    def num_dumped(self) -> int:
+        """Trajectories of a step that are dumped."""
+        return self.cfg.telemetry.dump_trajectories if self.dump_folder else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ class StepWatch:
     def __init__(self, spec: LearnerSpec, tokenizer: Any) -> None:
         self._folder = Path(spec.dump_folder)
         self._rank = spec.rank
-        self._settings = {"objective": _plain(spec.objective), "gate": _plain(spec.gate)}
+        self._settings = {"objective": _plain(spec.cfg.objective), "gate": _plain(spec.cfg.gate)}
         self._tokenizer = tokenizer
         self._rows: dict[int, ScoredRow] = {}
         self._visits: dict[int, DumpedVisit] = {}

@@ -67,36 +67,36 @@ class Trainer:
 
     def __init__(self, spec: LearnerSpec) -> None:
         torch.set_num_threads(spec.threads)
-        self._spec = spec
+        cfg = self._cfg = spec.cfg
         self._device = join_ranks()
         self._tokenizer: Any = load_tokenizer(spec.model_path)
         self._pad_id = int(self._tokenizer.pad_token_id or 0)
-        language_model = load_causal_lm(spec.model_path, spec.learner.dtype)
-        if spec.learner.gradient_checkpointing:
+        language_model = load_causal_lm(spec.model_path, cfg.learner.dtype)
+        if cfg.learner.gradient_checkpointing:
             language_model.gradient_checkpointing_enable()
-        if spec.learner.head_kernel is HeadKernel.triton and self._device.type != "cuda":
+        if cfg.learner.head_kernel is HeadKernel.triton and self._device.type != "cuda":
             raise ModelError("learner.head_kernel=triton needs a learner on a GPU: set learner.head_kernel=torch")
-        policy = PolicyModel(language_model, spec.learner.head_kernel)
+        policy = PolicyModel(language_model, cfg.learner.head_kernel)
         self.takes_trees = policy.takes_trees
         newlines = torch.from_numpy(newline_token_mask(self._tokenizer, policy.head_weight.shape[0]))
-        self._columns = learner_columns(spec.objective, spec.gate, probes=spec.probe_positions > 0)
-        self._masks = TokenMasks(spec.objective.mask_rules, self._tokenizer)
-        self._memory = BehaviorMemory(spec.gate.behavior_source, spec.reuse)
-        loss_has_ratio = spec.objective.needs is Needs.sampled_logprobs
-        self._gate = StepGate(spec.gate, newlines.to(self._device), seed=spec.seed, loss_has_ratio=loss_has_ratio)
-        self._requests = HeadRequests(spec, self._gate, self._memory)
+        self._columns = learner_columns(cfg.objective, cfg.gate, probes=cfg.telemetry.probe_positions > 0)
+        self._masks = TokenMasks(cfg.objective.mask_rules, self._tokenizer)
+        self._memory = BehaviorMemory(cfg.gate.behavior_source, cfg.replay.reuse)
+        loss_has_ratio = cfg.objective.needs is Needs.sampled_logprobs
+        self._gate = StepGate(cfg.gate, newlines.to(self._device), seed=cfg.seed, loss_has_ratio=loss_has_ratio)
+        self._requests = HeadRequests(cfg, self._gate, self._memory)
         self._watch = StepWatch(spec, self._tokenizer)
-        self._engine = start_engine(policy, spec.learner, num_ranks=spec.num_ranks, num_steps=spec.num_steps)
-        zero_stage = spec.learner.zero_stage
+        self._engine = start_engine(policy, cfg.learner, num_ranks=cfg.learner.num_ranks, num_steps=cfg.num_steps)
+        zero_stage = cfg.learner.zero_stage
         self._weights = StudentWeights(
-            policy, getattr(torch, spec.publish_dtype), rank=spec.rank, is_sharded=zero_stage == 3
+            policy, getattr(torch, cfg.student.dtype.name), rank=spec.rank, is_sharded=zero_stage == 3
         )
         shards = OptimizerShards(self._engine, policy, rank=spec.rank, zero_stage=zero_stage)
         self._state = LearnerState(self._engine, shards, self._memory, self._gate, self._device)
 
     def any_rank(self, fact: bool) -> bool:
         """Whether `fact` holds on any rank; every rank must ask."""
-        if self._spec.num_ranks == 1:
+        if self._cfg.learner.num_ranks == 1:
             return fact
         flag = torch.tensor([int(fact)], device=self._device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -105,9 +105,9 @@ class Trainer:
     def train_step(self, batch: RankBatch, payloads: Sequence[Any]) -> RankReport:
         """One optimizer step; returns this rank's sums. Raises `DivergedError` on a non-finite loss or norm."""
         started = time.monotonic()
-        spec, gate = self._spec, self._gate
+        gate = self._gate
         report = RankReport(lr=float(self._engine.get_lr()[0]), tau=gate.strength.tau)
-        record = StepRecord(report, spec.gate.kind is not GateKind.off)
+        record = StepRecord(report, self._cfg.gate.kind is not GateKind.off)
         with record.timed("pack"):
             micros = self._microbatches(batch, payloads)
             self._watch.begin(batch, payloads)
@@ -147,8 +147,8 @@ class Trainer:
             micro = make_microbatch(
                 rows, infos, members, pad_id=self._pad_id, device=self._device, with_tree=self.takes_trees
             )
-            micro = select_support(micro, self._spec.support)
-            micros.append(self._gate.segmented(select_positions(micro, self._spec.objective, self._masks)))
+            micro = select_support(micro, self._cfg.teacher.support)
+            micros.append(self._gate.segmented(select_positions(micro, self._cfg.objective, self._masks)))
         return micros
 
     def _planned(self, batch: RankBatch, micros: list[Microbatch | None], record: StepRecord) -> list[Weighed | None]:
@@ -183,7 +183,7 @@ class Trainer:
         outputs = self._engine(micro.block, micro.sampled_ids, request)
         values = HeadValues.of(request, outputs)
         if values.entropy is not None:
-            micro = select_high_entropy(micro, values.entropy, self._spec.objective.entropy_top_share)
+            micro = select_high_entropy(micro, values.entropy, self._cfg.objective.entropy_top_share)
         return _Pass(micro, request, values)
 
     def _weigh(self, micro: Microbatch, current: Tensor | None) -> tuple[Weighed, Behavior]:
@@ -204,7 +204,7 @@ class Trainer:
             else:
                 weighed, behavior = planned, self._memory.behavior(micro, values.logprobs)
         with record.timed("loss"):
-            losses = token_losses(micro, self._spec.objective, values, behavior.logprobs)
+            losses = token_losses(micro, self._cfg.objective, values, behavior.logprobs)
             mask = micro.to_rows(micro.valid)
             loss = gated_token_mean(micro.to_rows(losses), weighed.gate.token_weights, mask, num_loss_tokens=1)
         with record.timed("diagnostics"):
@@ -230,7 +230,7 @@ class Trainer:
             raise DivergedError(f"the loss is {loss_sum / max(weight_sum, 1e-300)}: lower learner.lr")
         report.divisor = self._gate.divisor(weight_sum, num_tokens)
         optimizer = self._engine.optimizer
-        optimizer.loss_scale = report.divisor / self._spec.num_ranks if report.divisor > 0 else 1.0
+        optimizer.loss_scale = report.divisor / self._cfg.learner.num_ranks if report.divisor > 0 else 1.0
         self._engine.step()
         optimizer.loss_scale = 1.0
         return num_tokens / report.divisor if report.divisor > 0 else 1.0

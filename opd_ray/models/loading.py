@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from opd_ray.models.prefix_tree import PrefixTree, enable_prefix_trees, prefix_tree
 from opd_ray.config.choices import Dtype
 from opd_ray.errors import ModelError
+from opd_ray.models.prefix_tree import PrefixTree, enable_prefix_trees, prefix_tree
 
 
 def load_causal_lm(path: str, dtype: Dtype) -> Any:

@@ -103,7 +103,7 @@ def learner_input(cfg: RunConfig, student: ModelShape, shares: ResourcePlan) -> 
 
 def _rollout_input(cfg: RunConfig, student: ModelShape, shares: ResourcePlan, gpu_bytes: float | None) -> RolloutInput:
     part = cfg.rollout
-    longest = max(part.max_response_tokens, cfg.evaluation.max_response_tokens)
+    longest = cfg.longest_response_tokens
     queued = (cfg.replay.max_staleness // cfg.replay.reuse + 1) * cfg.trajectories_per_step
     evaluated = cfg.evaluation.num_problems * cfg.evaluation.samples_per_problem if cfg.evaluation.path else 0
     if cfg.evaluation.path and not cfg.evaluation.num_problems:

@@ -32,11 +32,6 @@ class Ledger:
         self.in_flight -= count
         self.in_store += count
 
-    def take_back(self, count: int) -> None:
-        """`count` stored trajectories are in flight again."""
-        self.in_store -= count
-        self.in_flight += count
-
     def fail(self, count: int, reason: str) -> None:
         """`count` slots in flight ended without a trajectory."""
         self.in_flight -= count

@@ -1,4 +1,4 @@
-"""Which ready slots become the next cohort, for every `ReplayOrder`."""
+"""Selection of the ready trajectories that become the next batch, for every `ReplayOrder`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import hashlib
 import math
 
 from opd_ray.config.choices import ReplayOrder
-from opd_ray.replay.queue import SlotQueue
 from opd_ray.replay.staleness import StoreConfig
+from opd_ray.replay.trajectories import Queue
 
 
-def next_cohort(queue: SlotQueue, config: StoreConfig, learner_version: int) -> list[int]:
-    """`trajectories_per_step` ready slots in order of slot number; none if they cannot be had yet.
+def next_batch(queue: Queue, config: StoreConfig, learner_version: int) -> list[int]:
+    """Return `trajectories_per_step` ready ids, ascending; none if they cannot be had yet.
 
     It depends on what is ready, the versions and the seed alone, never on the order of arrival or the time.
     """
@@ -34,7 +34,7 @@ def sampling_key(slot: int, oldest_version: int, learner_version: int, config: S
 
     ``weighted`` is a race of exponential clocks with rate w = 1 / (1 + staleness): its first n are a weighted draw
     without replacement (Efraimidis and Spirakis 2006, in the log domain). A slot's clock is seeded by the run's seed,
-    the learner version and its number, so that it needs no state and every cohort is a new draw.
+    the learner version and its number, so that it needs no state and every batch is a new draw.
     """
     if config.order is ReplayOrder.fifo:
         return slot

@@ -1,97 +1,91 @@
-"""Payloads in files: what the store holds beyond a number of bytes leaves memory until it is trained on."""
+"""Spilling: payloads that memory has no room for wait in files until they are trained on."""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-import mmap
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-
-from opd_ray.errors import PayloadLostError, StoreError
-from opd_ray.replay.parts import StoreParts
-
-
-@dataclass(frozen=True, slots=True)
-class Spilled:
-    """A payload's bytes, an Arrow IPC stream, mapped from a file without a name.
-
-    The file has no name from the start: its space is given back with the last view of it, whatever ends the process.
-    """
-
-    data: pa.Buffer
-
-
-def as_is(value: Any) -> Any:
-    """`value`."""
-    return value
+from opd_ray.errors import SnapshotError, StoreError
+from opd_ray.replay.payload_io import PayloadFile, PayloadIO, SpillFile
+from opd_ray.replay.state import StoreState
 
 
 @dataclass(slots=True)
 class SpillSpace:
-    """Moves payloads to files while those in memory have more than `max_memory_bytes`.
+    """Moves payloads to files in `folder` while those in memory have more than `max_memory_bytes`.
 
-    `fetch` makes bytes, or an awaitable of them, of a payload reference, and `put` a reference of a `pyarrow.Buffer`;
-    left out they give what they get. The files are in `folder` (None: where temporary files go on the store's machine).
+    A file exists as long as its payload is needed; files of a killed process stay until `folder` is emptied.
     """
 
     max_memory_bytes: int
-    fetch: Callable[[Any], Any] = as_is
-    put: Callable[[pa.Buffer], Any] = as_is
-    folder: Path | None = None
+    folder: Path
     is_busy: bool = False
+    _num_files: int = 0
 
-    def is_needed(self, parts: StoreParts) -> bool:
-        """Whether payloads have more memory than they may, and nobody moves them yet."""
-        return not self.is_busy and parts.shelf.memory_bytes > self.max_memory_bytes
+    def is_needed(self, state: StoreState) -> bool:
+        """Whether payloads have more memory than they may, and some of them can be moved."""
+        return bool(self._choose(state))
 
-    async def relieve(self, parts: StoreParts) -> None:
-        """Spill what was stored last, and is not drafted, until the rest fits; raises `StoreError` on a full disk."""
-        if not self.is_needed(parts):
-            return
+    async def relieve(self, state: StoreState, io: PayloadIO) -> list[int]:
+        """Spill what was stored last, and is not in training, until the rest fits; one call at a time.
+
+        Returns the numbers of payloads that turned out to be lost; then others may be left to spill. Raises
+        `StoreError` when the files cannot be written.
+        """
         self.is_busy = True
         try:
-            for payload_id in parts.shelf.newest_in_memory():
-                if parts.shelf.memory_bytes <= self.max_memory_bytes:
-                    return
-                if parts.is_drafted(payload_id) or not parts.shelf.holds(payload_id):
-                    continue
-                try:
-                    data = memoryview(await settled(self.fetch(parts.shelf.ref(payload_id))))
-                except PayloadLostError:
-                    # Its rows are evicted by whoever needs them next.
-                    continue
-                spilled = await asyncio.to_thread(self._write, data)
-                # It may have been drafted or dropped meanwhile.
-                if parts.shelf.holds(payload_id) and not parts.is_drafted(payload_id):
-                    parts.shelf.spill(payload_id, spilled)
+            while chosen := self._choose(state):
+                written = await self._write(state, io, chosen)
+                for payload_id, file in written.items():
+                    # It may have been sampled or dropped meanwhile.
+                    if payload_id in state.payloads and not state.in_training.has_payload(payload_id):
+                        state.payloads.spill(payload_id, file)
+                if len(written) < len(chosen):
+                    return [payload_id for payload_id in chosen if payload_id not in written]
+            return []
         finally:
             self.is_busy = False
 
-    def recall(self, parts: StoreParts) -> None:
-        """Bring the running cohort's payloads back into memory."""
-        for payload_id in sorted({member.payload_id for member in parts.drafted.cohort()}):
-            if parts.shelf.holds(payload_id) and isinstance(spilled := parts.shelf.ref(payload_id), Spilled):
-                parts.shelf.recall(payload_id, self.put(spilled.data))
+    def recall(self, state: StoreState, io: PayloadIO) -> None:
+        """Bring the current batch's payloads back into memory."""
+        members = state.in_training.current_batch()
+        spilled = {
+            payload_id: payload.file.file
+            for payload_id in sorted({member.payload_id for member in members})
+            if (payload := state.payloads[payload_id]).ref is None and payload.file is not None
+        }
+        for payload_id, ref in zip(spilled, io.read_later([*spilled.values()]), strict=True):
+            state.payloads.load(payload_id, ref)
 
-    def _write(self, data: memoryview) -> Spilled:
+    def _choose(self, state: StoreState) -> list[int]:
+        """Payloads that are enough, or as many as can be moved."""
+        chosen: list[int] = []
+        excess = state.payloads.memory_bytes - self.max_memory_bytes
+        for payload_id in state.payloads.newest_in_memory():
+            if excess <= 0:
+                break
+            if not state.in_training.has_payload(payload_id):
+                chosen.append(payload_id)
+                excess -= state.payloads[payload_id].num_bytes
+        return chosen
+
+    async def _write(self, state: StoreState, io: PayloadIO, chosen: list[int]) -> dict[int, SpillFile]:
+        payloads = {payload_id: state.payloads[payload_id] for payload_id in chosen}
+        written = {payload_id: payload.file for payload_id, payload in payloads.items() if payload.file is not None}
+        new = {payload_id: payload for payload_id, payload in payloads.items() if payload.file is None}
+        paths = [self._new_path() for _ in new]
         try:
-            with tempfile.TemporaryFile(dir=self.folder) as file:
-                file.write(data)
-                file.flush()
-                return Spilled(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
-        except OSError as error:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checksums = await io.write([payload.ref for payload in new.values()], paths)
+        except (SnapshotError, OSError) as error:
             raise StoreError(
-                f"a payload of {data.nbytes} bytes cannot be spilled ({error}): make room where temporary files go "
-                "(TMPDIR), or set replay.max_bytes"
+                f"payloads cannot be spilled ({error}): make room in runs_dir, or set replay.max_bytes"
             ) from error
+        for payload_id, path, checksum in zip(new, paths, checksums, strict=True):
+            if checksum is not None:
+                written[payload_id] = SpillFile(PayloadFile(path, checksum))
+        return written
 
-
-async def settled(value: Any) -> Any:
-    """`value`, or what it comes to if it can be awaited."""
-    return await value if inspect.isawaitable(value) else value
+    def _new_path(self) -> Path:
+        self._num_files += 1
+        return self.folder / f"payload-{self._num_files:08d}.arrows"

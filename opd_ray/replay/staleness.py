@@ -98,10 +98,10 @@ Bytes
 With `max_bytes` slots are given out only if, besides, the bytes of the stored payloads plus the expected bytes of what
 is in flight, these slots included, are at most `max_bytes` (`admission`); before the first payload tells what to
 expect, there is no room, and a request that fits in part waits, so that groups stay whole. One exception keeps
-progress: while no cohort is drafted (all that the learner had is released), up to n - q slots are given out whatever
-the bytes. Let the learner wait as above, with everything released. Then no cohort is drafted, and the case "fewer than
-n are queued" gives n - q >= 1 slots by both rules: the next cohort is always filled. What goes beyond the budget is
-therefore at most one cohort (and the error of the expectation), and only while nothing is trained on.
+progress: while nothing is in training (all that the learner had is released), up to n - q slots are given out whatever
+the bytes. Let the learner wait as above, with everything released. Then nothing is in training, and the case "fewer
+than n are queued" gives n - q >= 1 slots by both rules: the next cohort is always filled. What goes beyond the budget
+is therefore at most one cohort (and the error of the expectation), and only while nothing is trained on.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opd_ray.config.choices import ReplayOrder, StalePolicy
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ConfigError, StaleBatchError
 
 
@@ -132,6 +133,22 @@ class StoreConfig:
     hard_staleness: int = 0
     max_bytes: int = 0
     seed: int = 0
+
+    @classmethod
+    def of(cls, cfg: RunConfig) -> StoreConfig:
+        """Return what the store is told of a run."""
+        replay = cfg.replay
+        return cls(
+            trajectories_per_step=cfg.trajectories_per_step,
+            reuse=replay.reuse,
+            max_staleness=replay.max_staleness,
+            final_version=cfg.num_steps,
+            order=replay.order,
+            stale=replay.stale,
+            hard_staleness=replay.hard_staleness,
+            max_bytes=replay.max_bytes,
+            seed=cfg.seed,
+        )
 
     def __post_init__(self) -> None:
         for name, least in (("trajectories_per_step", 1), ("reuse", 1), ("max_staleness", 0), ("max_bytes", 0)):

@@ -1,298 +1,344 @@
 """The replay store: who may roll out, what is ready, which trajectories train next, and what became of each.
 
-A plain class without Ray: `desk` takes calls to it, `actors.store` makes both an actor. It keeps payload references of
-any type and never looks inside. `staleness` explains the protocol and proves its bound.
+An object of one event loop, in the controller's process, without Ray: it holds payload references of any type and never
+looks inside one. `acquire` and `sample` wait; every other method is plain. What makes it safe: no ``await`` stands
+between a check and the change that it allows; a waiter that is cancelled has changed nothing; and after `reset` what
+was started before is of an older `generation` and is dropped. `staleness` explains the protocol and proves its bound.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections import ChainMap
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
-from opd_ray.errors import PayloadLostError, StoreClosedError, StoreError
+from opd_ray.errors import StoreClosedError, StoreError
 from opd_ray.replay.admission import num_in_budget
-from opd_ray.replay.cohort import SampledBatch, StoredTrajectory, collect
-from opd_ray.replay.lost import PAYLOAD_LOST, in_same_payloads, unavailable
-from opd_ray.replay.parts import StoreParts
-from opd_ray.replay.recovery import SinceSnapshot, needed_payloads, reconcile
-from opd_ray.replay.requests import refuse_misfit, refuse_older, refuse_repeated, refuse_used, require
-from opd_ray.replay.sampling import next_cohort
-from opd_ray.replay.snapshot import capture, rebuild
-from opd_ray.replay.snapshot_files import read_index, read_payloads, write_image
-from opd_ray.replay.spill import SpillSpace, as_is
+from opd_ray.replay.batch import SampledBatch, StoredTrajectory
+from opd_ray.replay.checkpoint import PAYLOAD_LOST, StoreImage, freeze, read_image, rebuild, write_image
+from opd_ray.replay.checks import require, require_newer, require_once, require_whole_batch
+from opd_ray.replay.payload_io import PayloadIO
+from opd_ray.replay.sampling import next_batch
+from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig, num_acquirable
+from opd_ray.replay.state import StoreState
 from opd_ray.types import BatchReceipt, Histogram
 
 STALE = "stale"
 DRAINED = "drained"
 
 
-class NotYet(Enum):
-    """The answer of a call that would have to wait."""
-
+class _NotYet(Enum):
     NOT_YET = "not yet"
 
 
-NOT_YET = NotYet.NOT_YET
-
-
 class ReplayStore:
-    """Slots, ready trajectories, the running cohort and the ledger; `desk.StoreDesk` keeps who must wait.
+    """Permits, ready trajectories, batches in training and the ledger.
 
-    `version` is the policy version that all engines have at the start; `clock` gives seconds; `spill` is where payloads
-    go that memory has no room for (None: nowhere).
+    `version` is the policy version that all engines have at the start; `io` writes and reads payloads; `spill` is where
+    payloads go that memory has no room for (None: nowhere); `clock` gives seconds.
     """
 
     def __init__(
         self,
         config: StoreConfig,
+        io: PayloadIO,
+        *,
         version: int = 0,
-        clock: Callable[[], float] = time.monotonic,
         spill: SpillSpace | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
+        self._io = io
         self._spill = spill
         self._clock = clock
-        self._parts = StoreParts.fresh(config, version)
+        self._state = StoreState.fresh(config, version)
         self._drained = False
         self._closed = False
+        self._changed = asyncio.Event()
+        self._is_sampling = False
+        self.generation = 0
+        self.num_stale_completions = 0
 
-    def acquire_now(self, num_slots: int) -> tuple[int, ...]:
-        """Return `num_slots` new slot numbers, in ascending order; none while there is no room.
+    # ---- the two calls that wait ----------------------------------------------------------------------------
 
-        Fewer are returned (at least one) when fewer are missing: failures and evictions leave gaps smaller
-        than a group, and waiting for a whole group's room would wait forever. Without them, and with groups
-        that divide `trajectories_per_step`, groups are always whole; the byte budget is waited for as a whole,
-        except when the learner has nothing. Raises `StoreClosedError` once the store is closed or the data have ended.
+    async def acquire(self, count: int) -> tuple[int, ...]:
+        """Wait for permits; returns `count` new trajectory ids, ascending. A permit is held until the last release.
+
+        Fewer are returned (at least one) when fewer are missing: failures and evictions leave gaps smaller than a
+        group, and waiting for a whole group's room would wait forever. Without them, and with groups that divide
+        `trajectories_per_step`, groups are always whole; the byte budget is waited for as a whole, except when the
+        learner has nothing. Raises `StoreClosedError` once the store is closed or reset, or the data have ended,
+        and `StoreError` when payloads cannot be spilled.
         """
-        if num_slots < 1:
-            raise StoreError(f"{num_slots} slots were asked for: ask for at least 1")
-        self._refuse_if_closed()
-        if self._parts.data_ended:
-            raise StoreClosedError("the data have ended: acquire no slot after end_of_data()")
-        count = min(num_slots, self._num_acquirable(num_slots))
         if count < 1:
-            return ()
-        self._parts.ledger.start(count)
-        return self._parts.queue.give(count)
+            raise StoreError(f"{count} permits were asked for: ask for at least 1")
+        generation = self.generation
+        while True:
+            self._require_open(generation)
+            if self._spill is not None and self._spill.is_needed(self._state):
+                await self._relieve(self._spill)
+            elif slots := self._acquire_now(count):
+                return slots
+            else:
+                await self._changed.wait()
 
-    @property
-    def wants_relief(self) -> bool:
-        """Whether payloads have more memory than they may, and nobody moves them to files yet: call `relieve`."""
-        return self._spill is not None and self._spill.is_needed(self._parts)
+    async def sample(self, num_trajectories: int, learner_version: int) -> SampledBatch | None:
+        """Wait for the batch of the optimizer step that starts from `learner_version`; its use is counted.
 
-    async def relieve(self) -> None:
-        """Move payloads to files until the rest fits into memory; raises `StoreError` on a full disk."""
-        if self._spill is not None:
-            await self._spill.relieve(self._parts)
+        The current batch again while it has uses left (smaller if members were evicted), else the next one, once
+        `num_trajectories` are ready: with ``stale=wait`` the oldest, else as `order` says. None when the data have
+        ended and no batch can be filled any more; the leftovers are evicted as ``drained``. Raises `StoreError` when
+        the request does not fit the protocol, `StaleBatchError` when a trajectory would be used above its bound,
+        `StoreClosedError` when closed or reset.
+        """
+        require_whole_batch(
+            num_trajectories, self._config.trajectories_per_step, learner_version, self._state.schedule.version
+        )
+        if self._is_sampling:
+            raise StoreError("a batch was asked for while another request waits: the learner samples once per step")
+        generation = self.generation
+        self._is_sampling = True
+        try:
+            while (batch := self._sample_now(learner_version, generation)) is _NotYet.NOT_YET:
+                await self._changed.wait()
+        finally:
+            self._is_sampling = False
+        return batch
+
+    # ---- producers ------------------------------------------------------------------------------------------
 
     def assign(self, slots: Sequence[int], prompt_ids: Sequence[str]) -> None:
-        """Say which prompt each slot in flight is for, so that it can be started again after a crash (`pending`)."""
+        """Say which prompt each trajectory in flight is for, so that it can be started again (`pending`)."""
         if len(slots) != len(prompt_ids):
-            raise StoreError(f"assign got {len(slots)} slots and {len(prompt_ids)} prompt ids: give one id a slot")
-        require(slots, self._parts.queue.in_flight, "assign", "in flight")
-        self._parts.queue.in_flight.update(zip(slots, prompt_ids, strict=True))
+            raise StoreError(f"assign got {len(slots)} ids and {len(prompt_ids)} prompt ids: give one prompt id each")
+        require(slots, self._state.queue.in_flight, "assign", "in flight")
+        self._state.queue.in_flight.update(zip(slots, prompt_ids, strict=True))
 
     def pending(self) -> dict[int, str | None]:
-        """Slots in flight, ascending, with their prompts' ids; None where `assign` was not called.
+        """Trajectories in flight, ascending, with their prompts' ids; None where `assign` was not called.
 
-        After `restore` each is to be started again under its slot number, or failed.
+        After `restore` each is to be started again under its id, or failed.
         """
-        return dict(self._parts.queue.in_flight)
+        return dict(self._state.queue.in_flight)
 
-    def append(self, receipt: BatchReceipt, refs: list[Any]) -> None:
-        """Take in scored trajectories; `refs` is a list, which Ray leaves alone, of one payload reference.
+    def append(self, receipt: BatchReceipt, ref: Any, *, generation: int | None = None) -> bool:
+        """Store the scored trajectories of one payload; returns False, and stores nothing, for an older `generation`.
 
-        Raises `LedgerError` when a slot is not in flight, `StoreError` on a receipt that cannot be right; the
-        store is then unchanged.
+        Raises `LedgerError` when a trajectory is not in flight, `StoreError` on empty metadata; the store is then
+        unchanged.
         """
+        if self._is_stale(generation):
+            return False
         slots = [trajectory.slot for trajectory in receipt.trajectories]
-        if len(refs) != 1 or not slots:
-            raise StoreError(f"append got {len(refs)} references and {len(slots)} trajectories: give 1 and at least 1")
-        require(slots, self._parts.queue.in_flight, "append", "in flight")
+        if not slots:
+            raise StoreError("append got no trajectories: give at least 1")
+        require(slots, self._state.queue.in_flight, "append", "in flight")
         now_s = self._clock()
-        payload_id = self._parts.shelf.put(refs[0], receipt.num_bytes, len(slots))
+        payload_id = self._state.payloads.put(ref, receipt.num_bytes, len(slots))
         for trajectory in receipt.trajectories:
-            self._parts.queue.land(StoredTrajectory(trajectory, payload_id, now_s))
-        self._parts.payload_size.add(receipt.num_bytes, len(slots))
-        self._parts.ledger.store(len(slots))
+            self._state.queue.complete(StoredTrajectory(trajectory, payload_id, now_s))
+        self._state.payload_size.add(receipt.num_bytes, len(slots))
+        self._state.ledger.store(len(slots))
         if self._drained:
-            self._parts.evict_ready(slots, DRAINED)
+            self._state.evict(slots, DRAINED)
+        self._notify()
+        return True
 
-    def sample_now(self, num_trajectories: int, learner_version: int) -> SampledBatch | None | Literal[NotYet.NOT_YET]:
-        """The batch of the optimizer step that starts from `learner_version`, with its visit counted.
+    def fail(self, slots: Sequence[int], reason: str, *, generation: int | None = None) -> bool:
+        """Trajectories in flight ended without a result; returns False for an older `generation`.
 
-        The running cohort again while it has visits left (smaller if members were evicted), else the next
-        one, once `num_trajectories` slots are ready: with ``stale=wait`` the oldest, else as `order` says. None
-        when the data have ended and no cohort can be filled any more; the leftovers are evicted as ``drained``.
-        `NOT_YET` while neither is so. Raises `StoreError` when the request does not fit the protocol, `StaleBatchError`
-        when a trajectory would be used above its bound, `StoreClosedError` when closed.
+        Raises `LedgerError` if one is not in flight.
         """
-        expected, published = self._config.trajectories_per_step, self._parts.schedule.version
-        refuse_misfit(num_trajectories, expected, learner_version, published)
-        if self._drained:
-            return None
-        self._refuse_if_closed()
-        if self._parts.schedule.visits_left == 0:
-            self._parts.schedule.anchor(learner_version)
-            self._sweep(learner_version)
-            self._form_cohort(learner_version)
-        if self._parts.schedule.visits_left > 0:
-            return self._visit(learner_version)
-        return None if self._drained else NOT_YET
+        if self._is_stale(generation):
+            return False
+        require(slots, self._state.queue.in_flight, "fail", "in flight")
+        for slot in slots:
+            del self._state.queue.in_flight[slot]
+        self._state.ledger.fail(len(slots), reason)
+        self._notify()
+        return True
+
+    def end_of_data(self) -> None:
+        """No permit will be acquired any more: `sample` drains what is left and then returns None."""
+        self._state.data_ended = True
+        self._notify()
+
+    # ---- the learner ----------------------------------------------------------------------------------------
 
     def release(self, slots: Sequence[int], policy_version: int) -> None:
-        """The step on `slots` is done, `policy_version` published: retire those that had all their visits.
+        """The step on `slots` is done, `policy_version` published: retire those that had all their uses.
 
-        Slots evicted since they were sampled are passed over. Raises `LedgerError` for a slot that is not
-        out, `StoreError` for a version below the published one; the store is then unchanged.
+        Trajectories evicted since they were sampled are skipped. Raises `LedgerError` for one that is not out,
+        `StoreError` for a version below the published one; the store is then unchanged.
         """
-        refuse_older(policy_version, self._parts.schedule.version)
-        refuse_repeated(slots, "release")
-        self._parts.drafted.check_out(slots)
-        self._parts.retire(self._parts.drafted.give_back(slots, self._config.reuse))
+        require_newer(policy_version, self._state.schedule.version)
+        require_once(slots, "release")
+        self._state.in_training.check_out(slots)
+        self._state.retire(self._state.in_training.give_back(slots, self._config.reuse))
         self.set_version(policy_version)
 
     def set_version(self, policy_version: int) -> None:
-        """All engines have confirmed `policy_version`; raises `StoreError` when versions go back."""
-        refuse_older(policy_version, self._parts.schedule.version)
-        self._parts.schedule.publish(policy_version)
-
-    def fail(self, slots: Sequence[int], reason: str) -> None:
-        """Slots in flight ended without a trajectory; raises `LedgerError` if one is not in flight."""
-        require(slots, self._parts.queue.in_flight, "fail", "in flight")
-        for slot in slots:
-            del self._parts.queue.in_flight[slot]
-        self._parts.ledger.fail(len(slots), reason)
+        """All engines have confirmed `policy_version`; raises `StoreError` when versions decrease."""
+        require_newer(policy_version, self._state.schedule.version)
+        self._state.schedule.publish(policy_version)
+        self._notify()
 
     def evict(self, slots: Sequence[int], reason: str) -> None:
-        """Drop stored trajectories, the learner's too; raises `LedgerError` if one is not in the store."""
-        ready, drafted = self._parts.queue.ready, self._parts.drafted.members
-        require(slots, ChainMap(ready, drafted), "evict", "in the store")
-        self._parts.evict_ready([slot for slot in slots if slot in ready], reason)
-        self._parts.evict(self._parts.drafted.take_away(slots), reason)
-        if self._parts.schedule.visits_left > 0 and not self._parts.drafted.running:
-            self._parts.schedule.give_up_visits()
+        """Drop stored trajectories, also the learner's; raises `LedgerError` if one is not in the store."""
+        require(slots, self._state.stored, "evict", "in the store")
+        self._state.evict(slots, reason)
+        self._notify()
 
-    def lose(self, slots: Sequence[int]) -> None:
-        """Evict what lies in the payloads of `slots`, which are gone with a node; what is not here is passed over."""
-        self.evict(in_same_payloads(self._parts, slots), PAYLOAD_LOST)
+    def drop_lost(self, slots: Sequence[int]) -> None:
+        """Evict all trajectories in the payloads of `slots`, which were lost with a node; others are skipped."""
+        stored = self._state.stored
+        lost = {stored[slot].payload_id for slot in slots if slot in stored}
+        self._state.evict(self._state.in_payloads(lost), PAYLOAD_LOST)
+        self._notify()
 
-    def end_of_data(self) -> None:
-        """No slot will be acquired any more: `sample_now` drains what is left and then returns None."""
-        self._parts.data_ended = True
+    # ---- checkpoints ----------------------------------------------------------------------------------------
 
-    async def snapshot(self, folder: Path, fetch: Callable[[Any], Any]) -> int:
-        """Write the store of this instant as `folder`; returns how many slots it knows (`SlotJournal.snapshot_taken`).
+    def freeze(self) -> StoreImage:
+        """Return the store of this instant, for `write`; it pins the payloads."""
+        return freeze(self._state, self._config, self._clock())
 
-        `fetch` makes bytes, or an awaitable of them, of a payload reference, or raises `PayloadLostError`: then the
-        payload's trajectories are evicted, and the snapshot is one of the store without them. The store goes on
-        meanwhile. Raises `SnapshotError` if it cannot be written; an older one is then left as it was.
+    async def write(self, image: StoreImage, folder: Path) -> None:
+        """Write an image into `folder`, which exists; the store may change meanwhile.
+
+        Trajectories whose payloads turn out to be lost are evicted, and are missing in `folder`. Raises `SnapshotError`
+        if it cannot be written.
         """
-        while True:
-            image = capture(self._parts, self._config, self._clock())
-            try:
-                await write_image(image, folder, fetch)
-            except PayloadLostError:
-                self.evict(await unavailable(self._parts, fetch), PAYLOAD_LOST)
-            else:
-                return image.num_given
+        generation = self.generation
+        lost = await write_image(image, folder, self._io, self._config)
+        if lost and generation == self.generation:
+            self.drop_lost(lost)
 
-    async def release_and_snapshot(
-        self, slots: Sequence[int], policy_version: int, folder: Path, fetch: Callable[[Any], Any]
-    ) -> int:
-        """`release`, then `snapshot` before any waiting call goes on: in lock-step nothing is in flight then."""
-        self.release(slots, policy_version)
-        return await self.snapshot(folder, fetch)
+    async def restore(self, folder: Path) -> None:
+        """Continue from what `write` left in `folder`.
 
-    async def restore(self, folder: Path, put: Callable[[Any], Any] = as_is) -> int:
-        """Go on from a snapshot; returns how many slots it knows.
-
-        `put` makes a payload reference of a `pyarrow.Buffer`. Slots that were in flight are so again, and visits that
-        were not released are made again. Raises `SnapshotError` on a snapshot that is missing, damaged or foreign,
-        `StoreError` when this store was in use; it stays as it was.
+        Trajectories that were in flight are so again, and uses that were not released are repeated. Raises
+        `SnapshotError` on a folder that is missing, damaged or of another run, `StoreError` when this store was in use;
+        it stays as it was.
         """
-        index = await read_index(folder)
-        image = await read_payloads(folder, index, put, range(len(index["sha256"])))
-        self._begin(rebuild(image, self._config, self._clock()))
-        return self._parts.queue.num_given
+        state = rebuild(await read_image(folder, self._io), self._config, self._clock())
+        if self._state.ledger.started:
+            raise StoreError(f"a store that gave out {self._state.ledger.started} permits was in use: reset it first")
+        self._state = state
+        self._notify()
 
-    async def recover(
-        self, since: SinceSnapshot, folder: Path | None = None, put: Callable[[Any], Any] = as_is
-    ) -> None:
-        """Go on where another store died: from its last snapshot (None: it left none) and what happened `since`.
-
-        The learner goes on as well, and producers with the slots in flight; `recovery` tells what is lost. Raises as
-        `restore` does, and `SnapshotError` when `since` does not count from that snapshot; it stays as it was.
-        """
-        parts = StoreParts.fresh(self._config, 0)
-        if folder is not None:
-            index = await read_index(folder)
-            image = await read_payloads(folder, index, put, needed_payloads(index, since))
-            parts = rebuild(image, self._config, self._clock())
-        reconcile(parts, since)
-        self._begin(parts)
+    def reset(self) -> None:
+        """Forget everything; whoever waits gets `StoreClosedError`, and completions of before are dropped."""
+        self._state = StoreState.fresh(self._config, 0)
+        self._drained = False
+        self.generation += 1
+        self._notify()
 
     def close(self) -> None:
-        """Refuse slots and batches from now on with `StoreClosedError`."""
+        """Refuse permits and batches from now on with `StoreClosedError`."""
         self._closed = True
+        self._notify()
+
+    # ---- reports --------------------------------------------------------------------------------------------
 
     def ledger(self) -> dict[str, int]:
-        """The books (`Ledger.as_dict`), compared with what is here; raises `LedgerError` if they differ."""
-        self._parts.ledger.check(
-            in_flight=len(self._parts.queue.in_flight), in_store=len(self._parts.queue.ready) + len(self._parts.drafted)
-        )
-        return self._parts.ledger.as_dict()
+        """Return the books (`Ledger.as_dict`), compared with what is here; raises `LedgerError` if they differ."""
+        self._state.check()
+        return self._state.ledger.as_dict()
 
-    def state(self) -> dict[str, int]:
-        """Fill counts, flat and JSON-able: trajectories, payloads, bytes, versions, slots acquirable now, ledger/*."""
-        books = {f"ledger/{name}": count for name, count in self._parts.ledger.as_dict().items()}
-        return self._parts.counts() | {"acquirable": self._num_acquirable(1)} | books
+    def counts(self) -> dict[str, int]:
+        """Return fill counts: trajectories, payloads, bytes, versions, permits to be had now, and ledger/*."""
+        books = {f"ledger/{name}": count for name, count in self._state.ledger.as_dict().items()}
+        return self._state.counts() | {"acquirable": self._num_acquirable(1)} | books
 
     def lengths(self) -> dict[str, float | Histogram]:
-        """What training kept against what was dropped, since the start (`LengthReport.as_metrics`)."""
-        return self._parts.lengths.as_metrics()
+        """Return the lengths of what was trained and what was dropped, since the start (`LengthReport.as_metrics`)."""
+        return self._state.lengths.as_metrics()
 
-    def _begin(self, parts: StoreParts) -> None:
-        refuse_used(self._parts.ledger.started)
-        self._parts = parts
+    # ---- inside ---------------------------------------------------------------------------------------------
+
+    def _notify(self) -> None:
+        """Let everyone who waits look again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _require_open(self, generation: int) -> None:
+        if self._closed or generation != self.generation:
+            raise StoreClosedError("the replay store is closed or was reset: acquire and sample no more")
+
+    def _is_stale(self, generation: int | None) -> bool:
+        is_stale = generation is not None and generation != self.generation
+        self.num_stale_completions += is_stale
+        return is_stale
+
+    def _acquire_now(self, count: int) -> tuple[int, ...]:
+        if self._state.data_ended:
+            raise StoreClosedError("the data have ended: acquire no permit after end_of_data()")
+        acquired = min(count, self._num_acquirable(count))
+        if acquired < 1:
+            return ()
+        self._state.ledger.start(acquired)
+        return self._state.queue.give(acquired)
+
+    async def _relieve(self, spill: SpillSpace) -> None:
+        if spill.is_busy:
+            await self._changed.wait()
+            return
+        state = self._state
+        try:
+            lost = await spill.relieve(state, self._io)
+            state.evict(state.in_payloads(lost), PAYLOAD_LOST)
+        finally:
+            self._notify()
 
     def _num_acquirable(self, wanted: int) -> int:
-        schedule = self._parts.schedule
-        load = self._parts.load
+        schedule, load = self._state.schedule, self._state.load
         fresh = num_acquirable(load.num_queued, schedule.next_version, schedule.version, self._config)
-        return min(fresh, num_in_budget(load, self._parts.payload_size, min(wanted, fresh), self._config))
+        return min(fresh, num_in_budget(load, self._state.payload_size, min(wanted, fresh), self._config))
+
+    def _sample_now(self, learner_version: int, generation: int) -> SampledBatch | None | Literal[_NotYet.NOT_YET]:
+        self._require_open(generation)
+        if self._drained:
+            return None
+        schedule = self._state.schedule
+        if schedule.uses_left == 0:
+            schedule.anchor(learner_version)
+            self._sweep(learner_version)
+            self._form_batch(learner_version)
+        if schedule.uses_left > 0:
+            return self._use(learner_version)
+        return None if self._drained else _NotYet.NOT_YET
 
     def _sweep(self, learner_version: int) -> None:
-        stale = self._parts.queue.older_than(learner_version - self._config.sweep_bound)
+        stale = self._state.queue.older_than(learner_version - self._config.sweep_bound)
         if stale:
-            self._parts.evict_ready(stale, STALE)
+            self._state.evict(stale, STALE)
+            self._notify()
 
-    def _form_cohort(self, learner_version: int) -> None:
-        """Draft the next cohort if it is ready; drain if the data have ended and it cannot be filled."""
-        cohort = next_cohort(self._parts.queue, self._config, learner_version)
-        if cohort:
-            self._parts.drafted.begin(self._parts.queue.take(cohort))
-            self._parts.schedule.visits_left = self._config.reuse
-        elif self._parts.data_ended and len(self._parts.queue) < self._config.trajectories_per_step:
+    def _form_batch(self, learner_version: int) -> None:
+        """Form the next batch if it is ready; drain if the data have ended and it cannot be filled."""
+        queue = self._state.queue
+        batch = next_batch(queue, self._config, learner_version)
+        if batch:
+            self._state.in_training.begin(queue.take(batch))
+            self._state.schedule.uses_left = self._config.reuse
+        elif self._state.data_ended and len(queue) < self._config.trajectories_per_step:
             self._drained = True
-            self._parts.evict_ready(list(self._parts.queue.ready), DRAINED)
+            self._state.evict([*queue.ready], DRAINED)
 
-    def _visit(self, learner_version: int) -> SampledBatch:
+    def _use(self, learner_version: int) -> SampledBatch:
         if self._spill is not None:
-            self._spill.recall(self._parts)
-        members = self._parts.drafted.cohort()
+            self._spill.recall(self._state, self._io)
+        members = self._state.in_training.current_batch()
         now_s = self._clock()
         infos = tuple(member.info(learner_version, self._config.sweep_bound, now_s) for member in members)
         for member in members:
-            member.num_visits += 1
-        self._parts.schedule.visit(learner_version)
-        return collect(members, self._parts.shelf, infos)
-
-    def _refuse_if_closed(self) -> None:
-        if self._closed:
-            raise StoreClosedError("the replay store is closed, the run is ending: ask it for nothing more")
+            member.num_uses += 1
+        self._state.schedule.use(learner_version)
+        position: dict[int, int] = {}
+        rows = tuple((position.setdefault(member.payload_id, len(position)), member.receipt.row) for member in members)
+        self._notify()
+        return SampledBatch(tuple(self._state.payloads[number].ref for number in position), rows, infos)

@@ -17,30 +17,14 @@ from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.sampling_params import RequestOutputKind
 
-from opd_ray.config.choices import OnNewWeights
+from opd_ray.config.choices import Dtype, OnNewWeights
+from opd_ray.config.schema import RolloutConfig
 from opd_ray.errors import ActorError, WeightSyncError
 from opd_ray.models.weights import WeightBucket
 from opd_ray.rollout import weight_transfer
 
 # Tokens of prompts that one step may take in on CPU.
 MIN_PREFILL_TOKENS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSpec:
-    """How an engine is built. `max_model_tokens` bounds prompt + response, `top_logprobs` a request's.
-
-    With `tensor_parallel` above 1 the model is split over as many processes, children of the engine's.
-    """
-
-    model_path: str
-    dtype: str
-    max_model_tokens: int
-    max_num_seqs: int
-    gpu_memory_utilization: float
-    top_logprobs: int
-    on_new_weights: OnNewWeights
-    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,24 +81,30 @@ class Engine:
     who wait, and to every later call. `num_decoded` tokens and `num_finished` responses were made since it was built.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(
+        self, cfg: RolloutConfig, model_path: str, dtype: Dtype, max_model_tokens: int, max_top_logprobs: int
+    ) -> None:
+        """Load the model; `max_model_tokens` bounds prompt + response, `max_top_logprobs` that of a `Sampling`.
+
+        With `cfg.tensor_parallel` above 1 the model is split over as many processes, children of this one.
+        """
         weight_transfer.register()
         self._engine: Any = LLMEngine.from_engine_args(
             EngineArgs(
-                model=spec.model_path,
-                dtype=spec.dtype,  # type: ignore[arg-type]
-                max_model_len=spec.max_model_tokens,
-                max_num_seqs=spec.max_num_seqs,
-                gpu_memory_utilization=spec.gpu_memory_utilization,
+                model=model_path,
+                dtype=dtype.name,  # type: ignore[arg-type]
+                max_model_len=max_model_tokens,
+                max_num_seqs=cfg.max_num_seqs,
+                gpu_memory_utilization=cfg.gpu_memory_utilization,
                 enforce_eager=True,
-                tensor_parallel_size=spec.tensor_parallel,
-                distributed_executor_backend="uni" if spec.tensor_parallel == 1 else "mp",
+                tensor_parallel_size=cfg.tensor_parallel,
+                distributed_executor_backend="uni" if cfg.tensor_parallel == 1 else "mp",
                 worker_extension_cls=weight_transfer.WORKER_EXTENSION,
                 async_scheduling=False,
                 # Cached prefixes would outlive the weights that made them.
                 enable_prefix_caching=False,
-                **_prefill_args(spec),
-                max_logprobs=max(1, spec.top_logprobs),
+                **_prefill_args(max_model_tokens),
+                max_logprobs=max(1, max_top_logprobs),
                 logprobs_mode="raw_logprobs",
                 weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
                 disable_log_stats=True,
@@ -128,7 +118,7 @@ class Engine:
         self._intake.set()
         self._failure: Exception | None = None
         self._num_abandoned = 0
-        self.on_new_weights = spec.on_new_weights
+        self.on_new_weights = cfg.on_new_weights
         self.policy_version = 0
         self.num_decoded = 0
         self.num_finished = 0
@@ -266,13 +256,13 @@ def _dropped() -> ActorError:
     return ActorError("the request was dropped, because the run goes back to its last checkpoint: send it again")
 
 
-def _prefill_args(spec: EngineSpec) -> dict[str, Any]:
+def _prefill_args(max_model_tokens: int) -> dict[str, Any]:
     """On CPU no prompt may be split over steps: vLLM would then rewind a random generator, which torch cannot."""
     if torch.cuda.is_available():
         return {}
     return {
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(MIN_PREFILL_TOKENS, spec.max_model_tokens),
+        "max_num_batched_tokens": max(MIN_PREFILL_TOKENS, max_model_tokens),
     }
 
 

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and outlast a power cut."""
+"""Folders that appear whole or not at all, and survive a power cut."""
 
 from __future__ import annotations
 
@@ -6,53 +6,59 @@ import asyncio
 import contextlib
 import os
 import shutil
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
 
-@contextmanager
-def committed_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`; it takes the place of `folder` only if the block ends well.
+class FolderDraft:
+    """A temporary folder next to `folder` that takes its place with `commit`.
 
     What was written is on the disk before it gets its name. An older `folder` is set aside first and deleted last: if
-    the process dies in between, the next call puts it back before anything else.
+    the process dies in between, the next draft puts it back before anything else.
     """
-    temporary = folder.with_name(f".{folder.name}.partial")
-    aside = folder.with_name(f".{folder.name}.replaced")
-    if aside.exists() and not folder.exists():
-        aside.rename(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        _sync_tree(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(aside)
-    temporary.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.temporary = folder.with_name(f".{folder.name}.partial")
+        self._aside = folder.with_name(f".{folder.name}.replaced")
+
+    def begin(self) -> Path:
+        """Create the temporary folder, empty; returns it."""
+        if self._aside.exists() and not self.folder.exists():
+            self._aside.rename(self.folder)
+        self.discard()
+        shutil.rmtree(self._aside, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        return self.temporary
+
+    def commit(self) -> None:
+        """Write everything through to the disk, then rename."""
+        _sync_tree(self.temporary)
+        if self.folder.exists():
+            self.folder.rename(self._aside)
+        self.temporary.rename(self.folder)
+        sync(self.folder.parent)
+        shutil.rmtree(self._aside, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove the temporary folder, if there is one."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-@asynccontextmanager
-async def committed_in_thread(folder: Path) -> AsyncIterator[Path]:
-    """`committed_folder`, which waits for the disk, without holding up the event loop."""
-    commit = committed_folder(folder)
+@contextmanager
+def committed_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of `folder` only if the block ends well."""
+    draft = FolderDraft(folder)
     try:
-        temporary = await ended_in_thread(commit.__enter__)
-        yield temporary
+        yield draft.begin()
+        draft.commit()
     except BaseException:
-        await ended_in_thread(commit.__exit__, *sys.exc_info())
+        draft.discard()
         raise
-    await ended_in_thread(commit.__exit__, None, None, None)
 
 
 async def ended_in_thread(function: Callable[..., _T], *args: Any) -> _T:

@@ -50,17 +50,22 @@ class JsonLines:
                 os.ftruncate(fd, size)
             raise RunFolderError(f"cannot write {self.path}: {error.strerror}") from error
 
-    def cut(self, num_bytes: int) -> None:
-        """Take the file back to `num_bytes`, an earlier size of it."""
-        if num_bytes > self.num_bytes:
+    def cut(self, num_bytes: int) -> int:
+        """Cut the file back to `num_bytes`, an earlier size of it; returns the number of lines dropped."""
+        size = self.num_bytes
+        if num_bytes > size:
             raise RunFolderError(
-                f"{self.path} has {self.num_bytes} bytes and {num_bytes} are to be kept: it was changed from outside, "
+                f"{self.path} has {size} bytes and {num_bytes} are to be kept: it was changed from outside, "
                 "start a new run"
             )
         try:
+            with self.path.open("rb") as file:
+                file.seek(num_bytes)
+                num_lines = sum(1 for _ in file)
             os.ftruncate(self._open_fd(), num_bytes)
         except OSError as error:
             raise RunFolderError(f"cannot cut {self.path}: {error.strerror}") from error
+        return num_lines
 
     def close(self) -> None:
         """Close the file; closing twice does no harm."""

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from vllm import LLM, SamplingParams
 
+from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ModelError, SchemaError
 from opd_ray.teacher.transformers_backend import Ids, Scores
-from opd_ray.teacher.worker import TeacherSpec
 
 
 class TeacherEngine:
@@ -25,19 +25,20 @@ class TeacherEngine:
     all ids that the teacher has.
     """
 
-    def __init__(self, spec: TeacherSpec) -> None:
+    def __init__(self, cfg: RunConfig, model_path: str, vocab_size: int) -> None:
+        part = cfg.teacher
         # One more than is scored: vLLM samples a token after each prompt.
-        longest = spec.max_model_tokens + 1
+        longest = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens + 1
         try:
             self._engine = LLM(
-                model=spec.model_path,
-                dtype=spec.dtype.name,  # type: ignore[arg-type]
+                model=model_path,
+                dtype=part.dtype.name,  # type: ignore[arg-type]
                 max_model_len=longest,
-                max_num_batched_tokens=max(spec.max_batch_tokens, longest),
-                tensor_parallel_size=spec.tensor_parallel,
-                distributed_executor_backend="uni" if spec.tensor_parallel == 1 else "mp",
-                gpu_memory_utilization=spec.gpu_memory_utilization,
-                max_logprobs=spec.top_k,
+                max_num_batched_tokens=max(part.max_batch_tokens, longest),
+                tensor_parallel_size=part.tensor_parallel,
+                distributed_executor_backend="uni" if part.tensor_parallel == 1 else "mp",
+                gpu_memory_utilization=part.gpu_memory_utilization,
+                max_logprobs=part.top_k,
                 logprobs_mode="raw_logprobs",
                 # Cached prefixes have no log-probs.
                 enable_prefix_caching=False,
@@ -46,14 +47,14 @@ class TeacherEngine:
             )
         except (ValueError, OSError) as error:
             raise ModelError(
-                f"vLLM cannot run the teacher {spec.model_path!r} ({' '.join(str(error).split())[:300]}): "
+                f"vLLM cannot run the teacher {model_path!r} ({' '.join(str(error).split())[:300]}): "
                 "check the model folder and teacher.*"
             ) from error
-        vocab_size = int(self._engine.model_config.get_vocab_size())
-        if vocab_size != spec.vocab_size:
+        found = int(self._engine.model_config.get_vocab_size())
+        if found != vocab_size:
             self.shutdown()
             raise ModelError(
-                f"the teacher has {vocab_size} ids and shares {spec.vocab_size} with the student: set "
+                f"the teacher has {found} ids and shares {vocab_size} with the student: set "
                 "teacher.backend=transformers, which leaves the others out"
             )
         self._vocab_size = vocab_size

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opd_ray.cluster.worker_group import MALLOC_ENV, WorkerGroup, vllm_env
-from opd_ray.config.choices import Dtype, LogprobDtype, Support, TeacherBackend, Template
+from opd_ray.config.choices import LogprobDtype, Support, TeacherBackend
 from opd_ray.config.schema import RunConfig
 from opd_ray.planning.placement import Share
 from opd_ray.types import BatchReceipt, Prompt
@@ -27,27 +27,17 @@ ROLE = "teacher"
 
 @dataclass(frozen=True, slots=True)
 class TeacherSpec:
-    """A teacher worker's part of the config; `vocab_size` is the number of ids that student and teacher share.
+    """The config of the run and what it does not say.
 
-    The last four matter to a vLLM engine only; `max_model_tokens` bounds prompt + response.
+    `vocab_size` is the number of ids that student and teacher share.
     """
 
+    cfg: RunConfig
     name: str
     model_path: str
-    dtype: Dtype
-    template: Template
-    top_k: int
-    logprob_dtype: LogprobDtype
-    max_batch_tokens: int
     vocab_size: int
     tokenizer_fingerprint: str
     threads: int
-    support: Support = Support.teacher_topk
-    sampled_logprob_dtype: LogprobDtype = LogprobDtype.float32
-    backend: TeacherBackend = TeacherBackend.transformers
-    max_model_tokens: int = 0
-    tensor_parallel: int = 1
-    gpu_memory_utilization: float = 0.6
 
 
 class Scorer(Protocol):
@@ -71,16 +61,17 @@ class TeacherWorker:
 
         torch.set_num_threads(spec.threads)
         self._spec = spec
+        cfg = self._cfg = spec.cfg
         tokenizer: Any = load_tokenizer(spec.model_path)
         pad_id = int(tokenizer.pad_token_id or 0)
         self._model = load_scorer(spec, pad_id)
-        self._prompts = PromptTokenizer(tokenizer, spec.template, spec.model_path)
+        self._prompts = PromptTokenizer(tokenizer, cfg.teacher.template, spec.model_path)
         self._batch_spec = BatchSpec(
             spec.tokenizer_fingerprint,
-            top_k=spec.top_k,
-            logprob_dtype=spec.logprob_dtype.name,
-            support=spec.support.name,
-            sampled_logprob_dtype=spec.sampled_logprob_dtype.name,
+            top_k=cfg.teacher.top_k,
+            logprob_dtype=cfg.replay.logprob_dtype.name,
+            support=cfg.teacher.scored.name,
+            sampled_logprob_dtype=cfg.replay.sampled_logprob_dtype.name,
         )
 
     def ping(self) -> str:
@@ -97,23 +88,23 @@ class TeacherWorker:
         from opd_ray.trajectory.columns import row_views
 
         started = time.monotonic()
-        spec = self._spec
+        cfg = self._cfg
         batch = decode(payload, expected=self._batch_spec.rollout)
         by_id = {prompt.id: self._prompts.encode(prompt) for prompt in prompts}
-        given = row_views(batch, "student_topk_ids") if spec.support is Support.student_topk else None
+        given = row_views(batch, "student_topk_ids") if cfg.teacher.scored is Support.student_topk else None
         scores = self._model.score(
             [by_id[str(prompt_id)] for prompt_id in batch.column("prompt_id").to_pylist()],
             row_views(batch, "response_token_ids"),
-            spec.top_k if given is None else given,
+            cfg.teacher.top_k if given is None else given,
         )
         out = add_teacher_columns(
             batch,
-            rounded([row.logprobs for row in scores], spec.sampled_logprob_dtype),
+            rounded([row.logprobs for row in scores], cfg.replay.sampled_logprob_dtype),
             [row.topk_ids for row in scores] if given is None else None,
-            rounded([row.topk_logprobs for row in scores], spec.logprob_dtype),
+            rounded([row.topk_logprobs for row in scores], cfg.replay.logprob_dtype),
             self._batch_spec,
         )
-        return out, BatchReceipt(receipt.trajectories, spec.name, time.monotonic() - started, out.size)
+        return out, BatchReceipt(receipt.trajectories, self._spec.name, time.monotonic() - started, out.size)
 
     def stop(self) -> None:
         """Stop what the scorer has started, so that the process can end at once."""
@@ -121,14 +112,15 @@ class TeacherWorker:
 
 
 def load_scorer(spec: TeacherSpec, pad_id: int) -> Scorer:
-    """The teacher's model, as `spec.backend` says; raises `ModelError`."""
-    if spec.backend is TeacherBackend.vllm:
+    """The teacher's model, as `teacher.backend` says; raises `ModelError`."""
+    if spec.cfg.teacher.backend is TeacherBackend.vllm:
         from opd_ray.teacher.vllm_backend import TeacherEngine
 
-        return TeacherEngine(spec)
+        return TeacherEngine(spec.cfg, spec.model_path, spec.vocab_size)
     from opd_ray.teacher.transformers_backend import TeacherModel
 
-    return TeacherModel(spec.model_path, spec.dtype, pad_id, spec.vocab_size, spec.max_batch_tokens)
+    part = spec.cfg.teacher
+    return TeacherModel(spec.model_path, part.dtype, pad_id, spec.vocab_size, part.max_batch_tokens)
 
 
 def rounded(arrays: Sequence[npt.NDArray[np.float32]], dtype: LogprobDtype) -> list[npt.NDArray[np.floating[Any]]]:
@@ -146,29 +138,8 @@ class TeacherGroup(WorkerGroup):
     def create(cls, cfg: RunConfig, share: Share, vocab_size: int, fingerprint: str, path: str) -> TeacherGroup:
         """Start the workers; returns at once (await `ready`)."""
         group = cls(ROLE, cfg.deadline_s, cfg.faults.max_restarts)
-        specs = [
-            (
-                TeacherSpec(
-                    name=f"{ROLE}-{index}",
-                    model_path=path,
-                    dtype=cfg.teacher.dtype,
-                    template=cfg.teacher.template,
-                    top_k=cfg.teacher.top_k,
-                    logprob_dtype=cfg.replay.logprob_dtype,
-                    max_batch_tokens=cfg.teacher.max_batch_tokens,
-                    vocab_size=vocab_size,
-                    tokenizer_fingerprint=fingerprint,
-                    threads=share.threads,
-                    support=cfg.teacher.scored,
-                    sampled_logprob_dtype=cfg.replay.sampled_logprob_dtype,
-                    backend=cfg.teacher.backend,
-                    max_model_tokens=cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens,
-                    tensor_parallel=cfg.teacher.tensor_parallel,
-                    gpu_memory_utilization=cfg.teacher.gpu_memory_utilization,
-                ),
-            )
-            for index in range(cfg.teacher.num_workers)
-        ]
+        names = [f"{ROLE}-{index}" for index in range(cfg.teacher.num_workers)]
+        specs = [(TeacherSpec(cfg, name, path, vocab_size, fingerprint, share.threads),) for name in names]
         is_engine = cfg.teacher.backend is TeacherBackend.vllm
         env = vllm_env(share, cfg.teacher.kv_cache_gib, cfg.teacher.tensor_parallel) if is_engine else MALLOC_ENV
         group.start(TeacherWorker, share, specs, env, cfg.placement.teacher)

@@ -66,7 +66,7 @@ SERIES = (
     Series("opd_trajectory_age_seconds", "replay/age_s/max", "Age of the step's oldest trajectory."),
     Series(
         "opd_store_trajectories",
-        "replay/(?P<state>in_flight|ready|drafted)",
+        "replay/(?P<state>in_flight|ready|in_training)",
         "Trajectories that are being made, are ready, or belong to the batch in training.",
     ),
     Series("opd_store_free_slots", "replay/acquirable", "Trajectories that may be started now."),
@@ -131,8 +131,13 @@ SERIES = (
     # A gauge, so that "none" is a 0 and not an absent series: Ray exports no counter that was never raised.
     Series(
         "opd_restarts",
-        "faults/restarts/(?P<group>rollout|teacher|learner|store)",
+        "faults/restarts/(?P<group>rollout|teacher|learner)",
         "Actors of a group that were replaced since the process began.",
+    ),
+    Series(
+        "opd_controller_loop_lag_seconds",
+        "controller/loop_lag_s/p99",
+        "How late the controller's event loop ran what was due, p99 of the step.",
     ),
     # Evaluation: n and k are the run's samples a problem and powers of two up to it.
     Series("opd_evaluation_avg_at_n", "evaluation/avg_at_(?P<n>[0-9]+)", "Share of right answers, last evaluation."),

@@ -1,26 +1,51 @@
-"""What a person sees of a run: phases and a progress bar on a terminal, a few plain lines anywhere else."""
+"""The progress display of a run and of an evaluation: drawn by rich on a terminal, a few plain lines elsewhere."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from types import TracebackType
-from typing import Protocol, TextIO
+from typing import TextIO
 
-from opd_ray.telemetry.live_view import LiveView
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Tasks
+from rich.text import Text
+
 from opd_ray.telemetry.metrics import Metric
 from opd_ray.types import Histogram
 
-_RATE_WINDOW = 20
-"""Updates over which the time left is estimated."""
+_PACE_WINDOW_S = 3600.0
+"""The time left follows the pace of this time; steps that take longer have no estimate."""
 
+_REFRESHES_PER_S = 4
 _PLAIN_LINES = 10
-"""Lines that training leaves on a stream that is not a terminal, about."""
-
 _PASS_AT = re.compile(r"evaluation/pass_at_([0-9]+)")
+
+# In the order in which they are shown; `evaluation` is pass@k.
+_FIGURES = {
+    "learner/loss/mean": "loss {:.4f}",
+    "evaluation": "{}",
+    "replay/staleness/max": "staleness {:.0f}",
+    "gate/value/p05": "gate p05 {:.3f}",
+    "time/tokens_per_s": "{:,.0f} tokens/s",
+}
 
 
 class Progress:
@@ -40,33 +65,41 @@ class Progress:
     def __init__(
         self, total: int, stream: TextIO, enabled: bool = True, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._state = ProgressState(total, clock)
-        self._view: View | None = None
-        if enabled:
-            self._view = (LiveView if _is_terminal(stream) else PlainView)(self._state, stream)
+        self._steps = _tasks(_counted_columns(), clock)
+        self._steps.add_task("step", total=total, visible=False)
+        (self._run,) = self._steps.tasks
+        spinner = SpinnerColumn("dots" if (stream.encoding or "").lower().startswith("utf") else "line")
+        self._phases = _tasks([spinner, TextColumn("{task.elapsed:.0f} s  {task.description}")], clock)
+        self._phase: TaskID | None = None
+        self._figures: dict[str, str] = {}
+        self._tenths = _Tenths()
+        self._screen = _Screen(stream, enabled, self._draw)
 
     def phase(self, text: str) -> None:
         """Begin a phase; the one before it ends. Its duration is shown."""
         self._end_phase()
-        self._state.begin_phase(text)
-        self._show(lambda view: view.phase_began(text))
+        self._phase = self._phases.add_task(text, total=None)
+        self._screen.begin(text)
 
     def update(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Report that `step` steps are done; ends a phase. Figures that `metrics` lacks keep their value.
 
         The phase that waits for a step ("training") ends without a line of its own.
         """
-        if step > (self._state.step or 0):
-            self._state.end_phase()
-        self._end_phase()
-        self._state.update(step, metrics)
-        self._show(lambda view: view.updated())
+        is_first = not self._run.visible
+        self._end_phase(is_shown=step <= self._run.completed)
+        self._steps.update(self._run.id, completed=step, visible=True)
+        self._figures.update(_figures(metrics))
+        if is_first:
+            self._screen.redraw()
+        if step and self._tenths.reached(step, self._run.total or 0):
+            texts = [f"step {step}/{self._run.total:.0f}", *self._ordered_figures(), _times(self._run)]
+            self._screen.plain(", ".join(texts))
 
     def close(self) -> None:
         """End the display and leave the cursor below it; closing twice does no harm."""
         self._end_phase()
-        self._show(lambda view: view.close())
-        self._view = None
+        self._screen.close()
 
     def __enter__(self) -> Progress:
         return self
@@ -76,160 +109,161 @@ class Progress:
     ) -> None:
         self.close()
 
-    def _end_phase(self) -> None:
-        ended = self._state.end_phase()
-        if ended is not None:
-            text, seconds = ended
-            self._show(lambda view: view.phase_ended(text, seconds))
-
-    def _show(self, show: Callable[[View], None]) -> None:
-        if self._view is None:
+    def _end_phase(self, is_shown: bool = True) -> None:
+        if self._phase is None:
             return
-        try:
-            show(self._view)
-        except (OSError, ValueError):  # the terminal is gone, the stream is closed
-            self._view = None
+        (ended,) = self._phases.tasks
+        self._phases.remove_task(self._phase)
+        self._phase = None
+        if is_shown:
+            self._screen.end(ended.description, ended.elapsed or 0.0)
+        else:
+            self._screen.redraw()
+
+    def _ordered_figures(self) -> list[str]:
+        return [self._figures[key] for key in _FIGURES if key in self._figures]
+
+    def _draw(self) -> RenderableType:
+        parts: list[RenderableType] = []
+        if self._run.visible:
+            parts += [self._steps, Text("  ".join(self._ordered_figures()), no_wrap=True, overflow="ellipsis")]
+        if self._phase is not None:
+            parts.append(self._phases)
+        return Group(*parts)
 
 
-class ProgressState:
-    """What there is to show: steps, times in seconds, and the latest figures as texts."""
+class ProgressLine:
+    """One bar, ``math500: sampling ... 120/4000 answers``; a stream that fails turns it off, never the work."""
 
-    def __init__(self, total: int, clock: Callable[[], float]) -> None:
-        self.total = total
-        self.step: int | None = None
-        self.phase: tuple[str, float] | None = None
-        self._clock = clock
-        self._started = clock()
-        self._marks: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW + 1)
-        self._figures: dict[str, float] = {}
-        self._pass_at: tuple[int, float] | None = None
-
-    def begin_phase(self, text: str) -> None:
-        """Note the phase and when it began."""
-        self.phase = (text, self._clock())
-
-    def end_phase(self) -> tuple[str, float] | None:
-        """End the phase, if there is one; returns its text and duration in seconds."""
-        ended, self.phase = self.phase, None
-        return None if ended is None else (ended[0], self._clock() - ended[1])
-
-    def update(self, step: int, metrics: Mapping[str, Metric]) -> None:
-        """Take the step and the figures in; histograms have no place here."""
-        numbers = {key: float(value) for key, value in metrics.items() if not isinstance(value, Histogram)}
-        if self.step is not None and step < self.step:
-            self._marks.clear()  # steps are done again
-        if self.step is None or step != self.step:
-            self._marks.append((self._clock(), step))
-        self.step = step
-        self._figures.update({key: numbers[key] for key in _FIGURES if key in numbers})
-        sizes = [int(found.group(1)) for found in map(_PASS_AT.fullmatch, numbers) if found]
-        if sizes:
-            k = 8 if 8 in sizes else max(sizes)
-            self._pass_at = (k, numbers[f"evaluation/pass_at_{k}"])
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the display was made."""
-        return self._clock() - self._started
-
-    @property
-    def phase_s(self) -> float:
-        """Seconds since the phase began; 0 without one."""
-        return 0.0 if self.phase is None else self._clock() - self.phase[1]
-
-    @property
-    def remaining_s(self) -> float | None:
-        """Seconds that the steps left will take at the recent pace; None at the first step and at the end."""
-        if len(self._marks) < 2 or self.step is None or self.step >= self.total:
-            return None
-        (first_s, first), (last_s, last) = self._marks[0], self._marks[-1]
-        pace = (last_s - first_s) / (last - first)
-        return max(0.0, pace * (self.total - self.step) - (self._clock() - last_s))
-
-    def figures(self) -> list[str]:
-        """The latest figures ("loss 0.0123") in a fixed order; those never reported are left out."""
-        shown = {key: _FIGURES[key].format(value) for key, value in self._figures.items()}
-        if self._pass_at is not None:
-            k, value = self._pass_at
-            shown["evaluation"] = f"pass@{k} {value:.3f}"
-        return [shown[key] for key in _ORDER if key in shown]
-
-    def times(self) -> str:
-        """Time since the start and time left, "1:10 elapsed, 2:00 left"."""
-        left = self.remaining_s
-        return f"{clock_time(self.elapsed_s)} elapsed" + ("" if left is None else f", {clock_time(left)} left")
-
-
-_FIGURES = {
-    "learner/loss/mean": "loss {:.4f}",
-    "replay/staleness/max": "staleness {:.0f}",
-    "gate/value/p05": "gate p05 {:.3f}",
-    "time/tokens_per_s": "{:,.0f} tokens/s",
-}
-_ORDER = (
-    "learner/loss/mean",
-    "evaluation",
-    "replay/staleness/max",
-    "gate/value/p05",
-    "time/tokens_per_s",
-)
-
-
-class View(Protocol):
-    """How the state is shown."""
-
-    def phase_began(self, text: str) -> None:
-        """Show the beginning of a phase."""
-
-    def phase_ended(self, text: str, seconds: float) -> None:
-        """Show how long a phase took."""
-
-    def updated(self) -> None:
-        """Show the state after an update."""
-
-    def close(self) -> None:
-        """End the display."""
-
-
-class PlainView:
-    """Whole lines without control codes, for files and logs."""
-
-    def __init__(self, state: ProgressState, stream: TextIO) -> None:
-        self._state = state
+    def __init__(self, stream: TextIO, enabled: bool = True, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
-        self._tenth = -1
+        self._enabled = enabled
+        self._clock = clock
+        self._screen: _Screen | None = None
+        self._tasks = _tasks([], clock)
+        self._tenths = _Tenths()
 
-    def phase_began(self, text: str) -> None:
-        """Write that the phase begins, so that a hang shows where it is."""
-        self._write(f"{text} ...")
+    def show(self, what: str, done: int, total: int, unit: str) -> None:
+        """`done` of `total` units of `what` are done; another `what` begins a new line."""
+        if self._screen is None or [what] != [task.description for task in self._tasks.tasks]:
+            self.end()
+            self._tasks = _tasks(_counted_columns(TextColumn(unit)), self._clock)
+            self._tasks.add_task(what, total=total)
+            self._tenths = _Tenths()
+            self._screen = _Screen(self._stream, self._enabled, self._tasks.get_renderable)
+        (task,) = self._tasks.tasks
+        self._tasks.update(task.id, completed=done)
+        if self._tenths.reached(done, total):
+            self._screen.plain(f"{what}: {done:,} of {total:,} {unit}, {_times(task)}")
 
-    def phase_ended(self, text: str, seconds: float) -> None:
-        """Write how long the phase took."""
-        self._write(f"{text}: {seconds:.1f} s")
+    def end(self) -> None:
+        """Leave the cursor below the line."""
+        if self._screen is not None:
+            self._screen.close()
+        self._screen = None
 
-    def updated(self) -> None:
-        """Write a line at the first step and at every tenth of the steps."""
-        state = self._state
-        if not state.step:
-            return
-        tenth = state.step * _PLAIN_LINES // max(state.total, 1)
-        if tenth > self._tenth:
-            self._tenth = tenth
-            self._write(", ".join([f"step {state.step}/{state.total}", *state.figures(), state.times()]))
+
+class _Screen:
+    """A display that rich redraws on a terminal, whole lines on another stream, nothing when off or broken."""
+
+    def __init__(self, stream: TextIO, enabled: bool, draw: Callable[[], RenderableType]) -> None:
+        self._stream = stream
+        self._is_on = enabled
+        self._live: Live | None = None
+        if enabled and _is_terminal(stream):
+            console = Console(file=stream, force_terminal=True, highlight=False, emoji=False, markup=False)
+            self._live = Live(
+                console=console,
+                get_renderable=draw,
+                refresh_per_second=_REFRESHES_PER_S,
+                # Only what leads to a terminal anyway: a redirected stdout keeps its file.
+                redirect_stdout=sys.stdout.isatty(),
+                redirect_stderr=sys.stderr.isatty(),
+            )
+            with self._off_when_broken():
+                self._live.start()
+
+    def plain(self, line: str) -> None:
+        """Write a line where nothing is redrawn."""
+        if self._live is None and self._is_on:
+            with self._off_when_broken():
+                self._stream.write(line + "\n")
+                self._stream.flush()
+
+    def redraw(self) -> None:
+        """Draw at once. To be called when the number of rows changes, before anything is written above them."""
+        if self._live is not None and self._is_on:
+            with self._off_when_broken():
+                self._live.refresh()
+
+    def begin(self, phase: str) -> None:
+        """Show at once that a phase begins, so that a hang shows where it is."""
+        self.plain(f"{phase} ...")
+        self.redraw()
+
+    def end(self, phase: str, seconds: float) -> None:
+        """Leave a line with the duration of a phase, above what is redrawn."""
+        self.plain(f"{phase}: {seconds:.1f} s")
+        self.redraw()
+        if self._live is not None and self._is_on:
+            with self._off_when_broken():
+                self._live.console.print(Text.assemble(phase, (f"  {seconds:.1f} s", "dim")))
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Draw the last state and release the terminal."""
+        if self._live is not None and self._is_on:
+            with self._off_when_broken():
+                self._live.stop()
+        self._is_on = False
 
-    def _write(self, line: str) -> None:
-        self._stream.write(line + "\n")
-        self._stream.flush()
+    @contextmanager
+    def _off_when_broken(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):  # the terminal is gone, the stream is closed
+            self._is_on = False
 
 
-def clock_time(seconds: float) -> str:
-    """Format a duration as ``m:ss`` or ``h:mm:ss``."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+class _Tenths:
+    """Tells when the first unit and each further tenth of the work is reached."""
+
+    def __init__(self) -> None:
+        self._shown = -1
+
+    def reached(self, done: float, total: float) -> bool:
+        """Whether `done` of `total` is a tenth that was not seen before."""
+        tenth = int(done * _PLAIN_LINES // max(total, 1))
+        is_new = tenth > self._shown
+        self._shown = max(self._shown, tenth)
+        return is_new
+
+
+def _tasks(columns: list[ProgressColumn], clock: Callable[[], float]) -> Tasks:
+    """Rich's state and table of tasks; what draws them is the `Live` of a `_Screen`."""
+    return Tasks(*columns, get_time=clock, speed_estimate_period=_PACE_WINDOW_S, auto_refresh=False, expand=True)
+
+
+def _counted_columns(*units: ProgressColumn) -> list[ProgressColumn]:
+    left = [TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), *units]
+    return [*left, TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left")]
+
+
+def _times(task: Task) -> str:
+    """Time since the start and time left, "0:01:10 elapsed, 0:02:00 left"."""
+    left = None if task.finished else task.time_remaining
+    elapsed = f"{timedelta(seconds=int(task.elapsed or 0))} elapsed"
+    return elapsed if left is None else f"{elapsed}, {timedelta(seconds=int(left))} left"
+
+
+def _figures(metrics: Mapping[str, Metric]) -> dict[str, str]:
+    """The figures that have a place here, as texts; histograms have none."""
+    numbers = {key: float(value) for key, value in metrics.items() if not isinstance(value, Histogram)}
+    found = {key: text.format(numbers[key]) for key, text in _FIGURES.items() if key in numbers}
+    sizes = [int(match.group(1)) for match in map(_PASS_AT.fullmatch, numbers) if match]
+    if sizes:
+        k = 8 if 8 in sizes else max(sizes)
+        found["evaluation"] = f"pass@{k} {numbers[f'evaluation/pass_at_{k}']:.3f}"
+    return found
 
 
 def _is_terminal(stream: TextIO) -> bool:

@@ -15,8 +15,8 @@ from opd_ray.evaluation.grading import ProblemSet
 from opd_ray.evaluation.samples import SamplesHeader, write_samples
 from opd_ray.planning.placement import plan_resources
 from opd_ray.report.benchmark_table import benchmark_table
-from opd_ray.rollout.worker import RolloutGroup
-from opd_ray.telemetry.progress_line import ProgressLine
+from opd_ray.rollout.group import RolloutGroup
+from opd_ray.telemetry.progress import ProgressLine
 from opd_ray.training.evaluate_config import EvaluateConfig, engine_config, problem_sets
 from opd_ray.training.evaluated_model import JudgedModel, Results, judged_model
 from opd_ray.training.evaluator import Steps, judge

@@ -21,7 +21,7 @@ FOLDER = "evaluation"
 
 
 class Engines(Protocol):
-    """What answers problems (`rollout.engine_group.EngineGroup`)."""
+    """What answers problems (`rollout.group.RolloutGroup`)."""
 
     def complete(
         self,

@@ -1,20 +1,17 @@
-"""The learner loop: one optimizer step a turn, its weights published, its trajectories given back.
+"""The learner loop: take one optimizer step per iteration, publish the weights, release the batch.
 
-The learner's version runs ahead of the published one only between two visits of a batch in lock-step: no engine samples
+The learner's version is ahead of the published one only between two uses of a batch in lock-step: no engine samples
 then, and nothing would see the weights.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from opd_ray.actors.store import StoreClient
 from opd_ray.config.choices import GateKind
 from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ActorDiedError, LearnerLostError
@@ -22,13 +19,15 @@ from opd_ray.learner.diagnostics import Metrics
 from opd_ray.learner.group import LearnerGroup
 from opd_ray.learner.spec import LostTrajectories
 from opd_ray.learner.step_report import RankReport, step_metrics
-from opd_ray.replay.cohort import SampledBatch
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.replay.batch import SampledBatch
+from opd_ray.replay.checkpoint import StoreImage
+from opd_ray.replay.store import ReplayStore
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import LEARNER, STORE, STUDENT, Checkpoint, CheckpointDraft, Checkpoints
 from opd_ray.training.workload import GroupLoad, pipeline_metrics
-from opd_ray.types import Histogram, LoadReceipt
+from opd_ray.types import LoadReceipt
 
-Frontier = Callable[[], AbstractAsyncContextManager[dict[str, Any]]]
+RolloutState = Callable[[], dict[str, Any]]
 StepDone = Callable[[SampledBatch, Metrics], Awaitable[None]]
 
 _T = TypeVar("_T")
@@ -38,11 +37,12 @@ logger = logging.getLogger("opd_ray")
 
 @dataclass(slots=True)
 class RunTotals:
-    """What the summary tells of the training part."""
+    """Totals of the training part, for the summary."""
 
     steps: int = 0
     trained_tokens: int = 0
     lost_trajectories: int = 0
+    redone_steps: int = 0
     wall_s: float = 0.0
 
 
@@ -53,7 +53,7 @@ class LearnerLoop:
         self,
         cfg: RunConfig,
         groups: tuple[LearnerGroup, RolloutGroup],
-        store: StoreClient,
+        store: ReplayStore,
         loads: Mapping[str, GroupLoad],
         checkpoints: Checkpoints,
         totals: RunTotals,
@@ -64,50 +64,61 @@ class LearnerLoop:
         self._loads = loads
         self._checkpoints = checkpoints
         self._support_alarm = False
-        self._at_work = asyncio.Lock()
         self._published_version = -1
-        self._next_batch: asyncio.Task[SampledBatch | None] | None = None
         self._totals = totals
         self.policy_version = 0
 
-    async def run(self, frontier: Frontier, step_done: StepDone) -> None:
-        """One optimizer step a turn; woken by `store.append`.
+    async def run(self, rollout_state: RolloutState, step_done: StepDone) -> None:
+        """Train until the end; woken by `store.append`.
 
-        `frontier` stops the prompts for a checkpoint; `step_done` takes each step's batch and metrics.
+        `rollout_state` is the rollout loop's `state_dict`, for checkpoints; `step_done` takes each step's batch and
+        metrics.
         """
-        try:
-            while self.policy_version < self._cfg.num_steps and await self._turn(frontier, step_done):
-                pass
-        finally:
-            if self._next_batch is not None:
-                self._next_batch.cancel()
+        while self.policy_version < self._cfg.num_steps and await self._iterate(rollout_state, step_done):
+            self._checkpoints.raise_failure()
         await self.publish()
+        await self._checkpoints.settle()
 
-    async def _turn(self, frontier: Frontier, step_done: StepDone) -> bool:
+    async def _iterate(self, rollout_state: RolloutState, step_done: StepDone) -> bool:
         """One optimizer step; False when there is no batch for it any more."""
         begun = time.monotonic()
-        batch = await (self._next_batch or self._store.sample(self.policy_version))
-        self._next_batch = None
+        batch = await self._store.sample(self._cfg.trajectories_per_step, self.policy_version)
         if batch is None:
             return False
         waited = time.monotonic() - begun
         trained, metrics = await self._train(batch)
         if trained is None:
-            await self._give_up(batch)
+            await self._skip(batch)
             return True
-        async with self._checkpoints.draft(self.policy_version) as draft:
-            metrics |= await self._publish_and_release(batch, trained, frontier, draft)
-            metrics["time/wait_for_batch_s"] = waited
+        draft, image = None, None
+        try:
+            if self._checkpoints.is_due(self.policy_version):
+                draft = await self._checkpoints.begin(self.policy_version)
+            metrics |= await self._publish(batch, draft)
+            # No await from here until the image is taken: store, prompts and learner of one instant.
+            self._store.release(batch.slots, self.policy_version)
+            if draft is not None:
+                image, draft.rollout_state = self._store.freeze(), rollout_state()
+            metrics |= pipeline_metrics(self._loads) | _batch_metrics(trained, self._store)
             step_s = time.monotonic() - begun
+            metrics["time/wait_for_batch_s"] = waited
             metrics["time/step_s"] = step_s
             metrics["time/tokens_per_s"] = sum(info.num_response_tokens for info in trained.infos) / step_s
             await step_done(trained, metrics)
-        if draft is not None:
-            self._store.snapshot_committed(draft.committed / STORE)
+        except BaseException:
+            if draft is not None:
+                await self._checkpoints.discard(draft)
+            raise
+        if draft is not None and image is not None:
+            self._commit(draft, image)
         return True
 
-    async def go_on_from(self, checkpoint: Checkpoint | None) -> None:
-        """Start from a checkpoint's learner (None: from the model as it is), and give its weights to all engines.
+    def _commit(self, draft: CheckpointDraft, image: StoreImage) -> None:
+        """Write the payloads and commit while training continues."""
+        self._checkpoints.commit(draft, lambda: self._store.write(image, draft.part(STORE)))
+
+    async def start(self, checkpoint: Checkpoint | None) -> None:
+        """Load a checkpoint's learner (None: the model as it is), and give its weights to all engines.
 
         Raises `CheckpointError` when the learner's state is missing, damaged or of another model.
         """
@@ -115,25 +126,20 @@ class LearnerLoop:
             await self._ask(self._learner.load_state(checkpoint.learner))
             self.policy_version = self._totals.steps = checkpoint.policy_version
         await self.publish()
-        self._store.before_going_on = self._publish_all
 
-    async def _publish_and_release(
-        self, batch: SampledBatch, trained: SampledBatch, frontier: Frontier, draft: CheckpointDraft | None
-    ) -> Metrics:
-        """After a step on what was left of `batch`."""
+    async def _publish(self, batch: SampledBatch, draft: CheckpointDraft | None) -> Metrics:
+        """Publish after a step on what was left of `batch`, where something needs the weights; save the learner."""
         metrics: Metrics = {}
-        visits = max(info.visits for info in batch.infos)
-        # A checkpoint may find that the rest of a cohort is lost, and then rollout goes on at once.
-        if self._cfg.replay.max_staleness > 0 or visits >= self._cfg.replay.reuse or draft is not None:
+        uses = max(info.visits for info in batch.infos)
+        # A checkpoint may find that the rest of a batch is lost, and then rollout starts at once.
+        if self._cfg.replay.max_staleness > 0 or uses >= self._cfg.replay.reuse or draft is not None:
             metrics |= await self.publish()
         if draft is not None:
-            metrics["time/checkpoint_s"] = await self._release_into(draft, batch, frontier)
-        # Called together they are one message to the store, and the next batch is there when this step is written down.
-        release = self._store.release(batch.slots, self.policy_version) if draft is None else _nothing()
-        if draft is None and self.policy_version < self._cfg.num_steps:
-            self._next_batch = asyncio.create_task(self._store.sample(self.policy_version))
-        _, state, lengths = await asyncio.gather(release, self._store.state(), self._store.lengths())
-        return metrics | pipeline_metrics(self._loads) | _batch_metrics(trained, state, lengths)
+            begun = time.monotonic()
+            await self._ask(self._learner.save_state(draft.part(LEARNER)))
+            await self._ask(self._learner.save(draft.folder / STUDENT))
+            metrics["time/checkpoint_s"] = time.monotonic() - begun
+        return metrics
 
     async def _train(self, batch: SampledBatch) -> tuple[SampledBatch | None, Metrics]:
         """One optimizer step on what of `batch` is there; what was trained on (None: all of it is lost)."""
@@ -143,33 +149,30 @@ class LearnerLoop:
                 left = batch.without(answer.slots)
                 self._totals.lost_trajectories += len(batch.slots) - len(left.slots)
                 logger.warning(
-                    "step %d: %d of %d trajectories are gone with a node; it goes on with the others",
+                    "step %d: %d of %d trajectories were lost with a node; the step uses the others",
                     self.policy_version + 1,
                     len(batch.slots) - len(left.slots),
                     len(batch.slots),
                 )
-                await self._store.lose(answer.slots)
+                self._store.drop_lost(answer.slots)
                 batch = left
                 if not batch.slots:
                     return None, {}
         return batch, self._counted(answer, begun)
 
     async def _try_to_train(self, batch: SampledBatch) -> list[RankReport] | LostTrajectories:
-        # Not held while the store is called: a store that is mended waits for `publish`.
-        async with self._at_work:
-            answer = await self._ask(self._learner.train_step(batch, self.policy_version))
-            if not isinstance(answer, LostTrajectories):
-                self.policy_version += 1
-                self._store.stepped(batch)
-            return answer
+        answer = await self._ask(self._learner.train_step(batch, self.policy_version))
+        if not isinstance(answer, LostTrajectories):
+            self.policy_version += 1
+        return answer
 
-    async def _give_up(self, batch: SampledBatch) -> None:
-        """Nothing of a batch is left: no step is made on it.
+    async def _skip(self, batch: SampledBatch) -> None:
+        """Release a batch of which nothing is left, without a step.
 
-        In lock-step the engines may be visits behind: what they sample for the next batch would be too old.
+        In lock-step the engines may be uses behind: what they sample for the next batch would be too old.
         """
         await self.publish()
-        await self._store.give_up(batch, self.policy_version)
+        self._store.release(batch.slots, self.policy_version)
 
     def _counted(self, reports: list[RankReport], begun: float) -> Metrics:
         metrics = step_metrics(
@@ -185,35 +188,20 @@ class LearnerLoop:
         metrics["faults/lost_trajectories"] = float(self._totals.lost_trajectories)
         return metrics
 
-    async def _release_into(self, draft: CheckpointDraft, batch: SampledBatch, frontier: Frontier) -> float:
-        """Give the batch back, with the store and the learner of this instant in the draft; returns the seconds."""
-        begun = time.monotonic()
-        await self._ask(self._learner.save_state(draft.part(LEARNER)))
-        await self._ask(self._learner.save(draft.folder / STUDENT))
-        async with frontier() as reached:
-            await self._store.release_into(draft.folder / STORE, batch.slots, self.policy_version)
-            draft.frontier = reached
-        return time.monotonic() - begun
-
     async def publish(self) -> Metrics:
-        """Hop 12: hand the learner's weights to all engines, and wait until each confirmed version and checksum."""
-        # A store that is mended asks for it at any time, also in the middle of a step.
-        async with self._at_work:
-            if self._published_version == self.policy_version:
-                return {}
-            begun = time.monotonic()
-            receipt, buckets = await self._ask(self._learner.export(self.policy_version))
-            loaded: list[LoadReceipt] = await self._engines.publish(receipt, buckets)
-            self._published_version = self.policy_version
+        """Stage 12: hand the learner's weights to all engines, and wait until each confirmed version and checksum."""
+        if self._published_version == self.policy_version:
+            return {}
+        begun = time.monotonic()
+        receipt, buckets = await self._ask(self._learner.export(self.policy_version))
+        loaded: list[LoadReceipt] = await self._engines.publish(receipt, buckets)
+        self._published_version = self.policy_version
         return {
             "time/publish_s": time.monotonic() - begun,
             "publish/bytes": float(receipt.num_bytes),
             "publish/standstill_s/max": max((engine.standstill_s for engine in loaded), default=0.0),
             "publish/aborted_tokens": float(sum(engine.num_aborted_tokens for engine in loaded)),
         }
-
-    async def _publish_all(self) -> None:
-        await self.publish()
 
     async def _ask(self, answer: Awaitable[_T]) -> _T:
         """What the learner gives back; raises `LearnerLostError` if one of its ranks died."""
@@ -235,11 +223,7 @@ class LearnerLoop:
             )
 
 
-async def _nothing() -> None:
-    return
-
-
-def _batch_metrics(batch: SampledBatch, state: Mapping[str, int], lengths: Mapping[str, float | Histogram]) -> Metrics:
+def _batch_metrics(batch: SampledBatch, store: ReplayStore) -> Metrics:
     staleness = [info.staleness for info in batch.infos]
     return {
         "replay/staleness/max": float(max(staleness)),
@@ -247,7 +231,7 @@ def _batch_metrics(batch: SampledBatch, state: Mapping[str, int], lengths: Mappi
         "replay/visits/max": float(max(info.visits for info in batch.infos)),
         "replay/age_s/max": max(info.age_s for info in batch.infos),
         "rollout/response_tokens/mean": sum(i.num_response_tokens for i in batch.infos) / len(batch.infos),
-        **{f"replay/{name}": float(value) for name, value in state.items()},
+        **{f"replay/{name}": float(value) for name, value in store.counts().items()},
         # What was trained and what was dropped, by response length: a store that drops the long ones shows here.
-        **{f"replay/{name}": value for name, value in lengths.items()},
+        **{f"replay/{name}": value for name, value in store.lengths().items()},
     }

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from opd_ray.config.schema import TelemetryConfig
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.run.folder import RunFolder
 from opd_ray.run.trajectory_dump import DUMP_FOLDER, drop_after
 from opd_ray.storage.json_lines import JsonLines
@@ -59,12 +59,13 @@ class RunOutputs:
         """Where the files stand, for a checkpoint."""
         return {"metrics_bytes": self._metrics.lines.num_bytes, "trained_bytes": self._trained.num_bytes}
 
-    def go_back_to(self, notes: Mapping[str, Any], step: int) -> None:
-        """Drop what was written after `notes` were taken; `step` is the policy version of then."""
+    def go_back_to(self, notes: Mapping[str, Any], step: int) -> int:
+        """Drop what was written after `notes` were taken, at policy version `step`; returns the number of steps."""
         self._metrics.lines.cut(int(notes["metrics_bytes"]))
-        self._trained.cut(int(notes["trained_bytes"]))
+        num_dropped = self._trained.cut(int(notes["trained_bytes"]))
         drop_after(self._dump_folder, step)
         self._progress.update(step, {})
+        return num_dropped
 
     def close(self) -> None:
         """Finish all sinks."""

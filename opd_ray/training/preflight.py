@@ -6,40 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd_ray.config.choices import Overlong, Template
+from opd_ray.config.choices import Overlong
 from opd_ray.config.schema import RunConfig
 from opd_ray.errors import DataError, ModelError
 from opd_ray.planning.model_files import shape_of_loaded
 from opd_ray.planning.model_shape import ModelShape
 from opd_ray.types import Prompt
-
-
-@dataclass(frozen=True, slots=True)
-class PreflightSpec:
-    """What is checked: the two models, the templates, and the limits in tokens."""
-
-    student_path: str
-    teacher_path: str
-    student_template: Template
-    teacher_template: Template
-    top_k: int
-    max_prompt_tokens: int
-    max_response_tokens: int
-    overlong: Overlong
-
-    @classmethod
-    def of(cls, cfg: RunConfig, student_path: str, teacher_path: str) -> PreflightSpec:
-        """The part of `cfg` that is checked here."""
-        return cls(
-            student_path=student_path,
-            teacher_path=teacher_path,
-            student_template=cfg.data.template,
-            teacher_template=cfg.teacher.template,
-            top_k=cfg.teacher.top_k,
-            max_prompt_tokens=cfg.data.max_prompt_tokens,
-            max_response_tokens=max(cfg.rollout.max_response_tokens, cfg.evaluation.max_response_tokens),
-            overlong=cfg.data.overlong,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,38 +27,40 @@ class PreflightReport:
     shapes: tuple[ModelShape | None, ModelShape | None] = (None, None)
 
 
-def preflight(spec: PreflightSpec, prompts: Sequence[Prompt], problems: Sequence[Prompt]) -> PreflightReport:
+def preflight(
+    cfg: RunConfig, student_path: str, teacher_path: str, prompts: Sequence[Prompt], problems: Sequence[Prompt]
+) -> PreflightReport:
     """Check models and prompts against each other; raises `ModelError` or `DataError`."""
     from opd_ray.models.tokenization import PromptTokenizer, load_tokenizer, tokenizer_fingerprint
 
-    student, teacher = load_tokenizer(spec.student_path), load_tokenizer(spec.teacher_path)
+    student, teacher = load_tokenizer(student_path), load_tokenizer(teacher_path)
     fingerprint, other = tokenizer_fingerprint(student), tokenizer_fingerprint(teacher)
     if fingerprint != other:
         raise ModelError(
-            f"student {spec.student_path!r} ({len(student)} tokens) and teacher {spec.teacher_path!r} "
+            f"student {student_path!r} ({len(student)} tokens) and teacher {teacher_path!r} "
             f"({len(teacher)} tokens) have different tokenizers, so their ids mean different text: "
             "choose a teacher with the student's tokenizer"
         )
-    of_student, of_teacher = (_checked_config(path, spec) for path in (spec.student_path, spec.teacher_path))
+    of_student, of_teacher = (_checked_config(path, cfg) for path in (student_path, teacher_path))
     vocab_size = min(int(of_student.vocab_size), int(of_teacher.vocab_size))
-    if spec.top_k > vocab_size:
+    if (top_k := cfg.teacher.top_k) > vocab_size:
         raise ModelError(
-            f"teacher.top_k={spec.top_k} exceeds the vocabulary of {vocab_size} tokens: give a value <= {vocab_size}"
+            f"teacher.top_k={top_k} exceeds the vocabulary of {vocab_size} tokens: give a value <= {vocab_size}"
         )
     views = {
-        "data": PromptTokenizer(student, spec.student_template, spec.student_path),
-        "teacher": PromptTokenizer(teacher, spec.teacher_template, spec.teacher_path),
+        "data": PromptTokenizer(student, cfg.data.template, student_path),
+        "teacher": PromptTokenizer(teacher, cfg.teacher.template, teacher_path),
     }
-    kept = _within_limit(spec, prompts, list(views.values()))
-    _within_limit(spec, problems, [views["data"]])
+    kept = _within_limit(cfg, prompts, list(views.values()))
+    _within_limit(cfg, problems, [views["data"]])
     shapes = (
-        shape_of_loaded(of_student.to_dict(), spec.student_path),
-        shape_of_loaded(of_teacher.to_dict(), spec.teacher_path),
+        shape_of_loaded(of_student.to_dict(), student_path),
+        shape_of_loaded(of_teacher.to_dict(), teacher_path),
     )
     return PreflightReport(vocab_size, fingerprint, kept, shapes)
 
 
-def _checked_config(path: str, spec: PreflightSpec) -> Any:
+def _checked_config(path: str, cfg: RunConfig) -> Any:
     from transformers import AutoConfig
 
     from opd_ray.models.tokenization import cannot_load
@@ -95,11 +69,12 @@ def _checked_config(path: str, spec: PreflightSpec) -> Any:
         config: Any = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise cannot_load("model config", path, error) from error
-    longest = spec.max_prompt_tokens + spec.max_response_tokens
+    limit, response = cfg.data.max_prompt_tokens, cfg.longest_response_tokens
+    longest = limit + response
     context = getattr(config, "max_position_embeddings", longest)
     if longest > context:
         raise ModelError(
-            f"data.max_prompt_tokens={spec.max_prompt_tokens} plus the longest response of {spec.max_response_tokens} "
+            f"data.max_prompt_tokens={limit} plus the longest response of {response} "
             f"tokens exceed the context of {context} tokens of {path!r}: lower one of them"
         )
     if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None):
@@ -109,16 +84,17 @@ def _checked_config(path: str, spec: PreflightSpec) -> Any:
     return config
 
 
-def _within_limit(spec: PreflightSpec, prompts: Sequence[Prompt], views: Sequence[Any]) -> tuple[int, ...]:
+def _within_limit(cfg: RunConfig, prompts: Sequence[Prompt], views: Sequence[Any]) -> tuple[int, ...]:
+    limit = cfg.data.max_prompt_tokens
     lengths = [max(len(view.encode(prompt)) for view in views) for prompt in prompts]
-    kept = tuple(index for index, length in enumerate(lengths) if length <= spec.max_prompt_tokens)
+    kept = tuple(index for index, length in enumerate(lengths) if length <= limit)
     over = len(lengths) - len(kept)
     if not over:
         return kept
     worst = max(range(len(lengths)), key=lambda index: lengths[index])
-    if spec.overlong is Overlong.error or not kept:
+    if cfg.data.overlong is Overlong.error or not kept:
         raise DataError(
-            f"{over} of {len(lengths)} prompts are longer than data.max_prompt_tokens={spec.max_prompt_tokens}, the "
+            f"{over} of {len(lengths)} prompts are longer than data.max_prompt_tokens={limit}, the "
             f"longest is {prompts[worst].id!r} with {lengths[worst]} tokens: raise the limit, or set data.overlong=drop"
         )
     return kept

@@ -14,7 +14,7 @@ from opd_ray.evaluation.scoring import EvaluationResult, sum_up
 from opd_ray.evaluation.verifier import Verification
 from opd_ray.report.benchmark_table import benchmark_table
 from opd_ray.run.folder import SUMMARY_FILE, RunFolder
-from opd_ray.telemetry.progress_line import ProgressLine
+from opd_ray.telemetry.progress import ProgressLine
 from opd_ray.training.evaluated_model import STUDENT
 from opd_ray.training.evaluator import FOLDER
 from opd_ray.training.interrupts import run_interruptible

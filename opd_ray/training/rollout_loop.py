@@ -1,21 +1,19 @@
-"""The rollout loop: prompts become scored trajectories in the store, as many at a time as the store admits.
+"""The rollout loop: turn prompts into scored trajectories in the store, as many at a time as the store admits.
 
-A worker that dies takes no prompt with it: its request goes to another one, and a new actor takes its place meanwhile.
+A worker that dies loses no prompt: its request goes to another one, and a new actor takes its place meanwhile.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from opd_ray.actors.store import StoreClient
 from opd_ray.cluster.worker_group import WorkerGroup
 from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
 from opd_ray.errors import ActorDiedError, PayloadLostError
+from opd_ray.replay.store import ReplayStore
 from opd_ray.training.task_pool import TaskPool
 from opd_ray.training.workload import GroupLoad
 from opd_ray.types import BatchReceipt, Prompt, RolloutRequest
@@ -33,7 +31,7 @@ class RolloutLoop:
         self,
         cfg: RunConfig,
         groups: tuple[WorkerGroup, WorkerGroup],
-        store: StoreClient,
+        store: ReplayStore,
         source: PromptSource,
         loads: Mapping[str, GroupLoad],
     ) -> None:
@@ -42,7 +40,7 @@ class RolloutLoop:
         self._store = store
         self._source = source
         self._engine_load, self._teacher_load = loads["rollout"], loads["teacher"]
-        self._handing_out = asyncio.Lock()
+        self._generation = store.generation
         self._turn = 0
         self._has_ended = False
         self.requests = TaskPool()
@@ -50,11 +48,11 @@ class RolloutLoop:
         self.replacements = TaskPool()
 
     async def run(self) -> None:
-        """Until the prompts have ended; woken by `store.release`."""
+        """Start requests until the prompts have ended; woken by `store.release`."""
         samples = self._cfg.rollout.samples_per_prompt
         while not self._has_ended:
             count = self._prompts_of_turn() * samples
-            await self._hand_out(await self._store.acquire_slots(count))
+            self._hand_out(await self._store.acquire(count))
 
     def _prompts_of_turn(self) -> int:
         """A step's prompts are split over the engines as evenly as whole prompts allow."""
@@ -62,22 +60,21 @@ class RolloutLoop:
         whole, rest = divmod(self._cfg.rollout.prompts_per_step, num_engines)
         return whole + (self._turn % num_engines < rest)
 
-    async def _hand_out(self, slots: Sequence[int]) -> None:
-        """Give the next prompts to new slots, in order."""
+    def _hand_out(self, slots: Sequence[int]) -> None:
+        """Give the next prompts to new trajectories, in order; plain, so that no checkpoint sees a part of it."""
         samples = self._cfg.rollout.samples_per_prompt
-        async with self._handing_out:
-            self._turn += 1
-            # The store may have room for a part of a group only, after failures.
-            prompts = self._next_prompts(-(-len(slots) // samples))
-            used, unused = slots[: len(prompts) * samples], slots[len(prompts) * samples :]
-            if used:
-                request = RolloutRequest(tuple(prompts), tuple(used), samples)
-                self._store.assign(used, [request.prompt_of(place).id for place in range(len(used))])
-                self._start(request)
-            if unused:
-                self._has_ended = True
-                await self._store.fail(unused, END_OF_DATA)
-                await self._store.end_of_data()
+        self._turn += 1
+        # The store may have room for a part of a group only, after failures.
+        prompts = self._next_prompts(-(-len(slots) // samples))
+        used, unused = slots[: len(prompts) * samples], slots[len(prompts) * samples :]
+        if used:
+            request = RolloutRequest(tuple(prompts), tuple(used), samples)
+            self._store.assign(used, [request.prompt_of(place).id for place in range(len(used))])
+            self._start(request)
+        if unused:
+            self._has_ended = True
+            self._store.fail(unused, END_OF_DATA)
+            self._store.end_of_data()
 
     def _next_prompts(self, count: int) -> list[Prompt]:
         prompts: list[Prompt] = []
@@ -87,20 +84,18 @@ class RolloutLoop:
                 break
         return prompts
 
-    @asynccontextmanager
-    async def frontier(self) -> AsyncIterator[dict[str, Any]]:
-        """Where the prompts stand, JSON-able; no prompt is given to a slot until the block ends."""
-        async with self._handing_out:
-            yield {"source": self._source.state(), "turn": self._turn, "has_ended": self._has_ended}
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the prompts, JSON-able."""
+        return {"source": self._source.state(), "turn": self._turn, "has_ended": self._has_ended}
 
-    async def go_on_from(self, frontier: Mapping[str, Any], pending: Mapping[int, str | None]) -> None:
-        """Take over a saved frontier, and start what was in flight then; raises `DataError` on other prompts.
+    def load_state_dict(self, state: Mapping[str, Any], pending: Mapping[int, str | None]) -> None:
+        """Take over a saved position, and start what was in flight then; raises `DataError` on other prompts.
 
-        `pending` has the restored store's slots in flight with their prompts' ids; those without one had been acquired
-        and come next.
+        `pending` has the restored store's trajectories in flight with their prompts' ids; those without one had been
+        acquired and come next.
         """
-        self._source.restore(frontier["source"])
-        self._turn, self._has_ended = int(frontier["turn"]), bool(frontier["has_ended"])
+        self._source.restore(state["source"])
+        self._turn, self._has_ended = int(state["turn"]), bool(state["has_ended"])
         by_prompt: dict[str, list[int]] = {}
         for slot, prompt_id in pending.items():
             if prompt_id is not None:
@@ -108,7 +103,7 @@ class RolloutLoop:
         for prompt_id, slots in by_prompt.items():
             self._start(RolloutRequest((self._source.find(prompt_id),), tuple(slots), len(slots)))
         if new := [slot for slot, prompt_id in pending.items() if prompt_id is None]:
-            await self._hand_out(new)
+            self._hand_out(new)
 
     def _start(self, request: RolloutRequest) -> None:
         # Chosen here and not in the task, which starts later: the next request must see this one.
@@ -117,7 +112,7 @@ class RolloutLoop:
         self.requests.start(self._produce(request, engine))
 
     async def _produce(self, request: RolloutRequest, engine: int) -> None:
-        """Hops 3 to 6 of one request; from hop 3 again where the payload is gone with a node before it is scored."""
+        """Stages 3 to 6 of one request; again from stage 3 where the payload was lost before it was scored."""
         first: int | None = engine
         for _ in range(self._cfg.faults.max_attempts):
             sampled = await self._attempt(
@@ -138,15 +133,15 @@ class RolloutLoop:
             if scored is None:
                 break
             payload, receipt = scored
-            await self._store.append(receipt, payload)
+            self._store.append(receipt, payload, generation=self._generation)
             return
         logger.warning("%d slots failed: each of their workers died", len(request.slots))
-        await self._store.fail(request.slots, WORKER_DIED)
+        self._store.fail(request.slots, WORKER_DIED, generation=self._generation)
 
     async def _score(
         self, request: RolloutRequest, payload: Any, receipt: BatchReceipt
     ) -> tuple[Any, BatchReceipt] | None:
-        """Hops 4 and 5."""
+        """Stages 4 and 5."""
         return await self._attempt(
             self._teachers,
             self._teacher_load,

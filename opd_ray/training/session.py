@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from opd_ray.actors.store import StoreClient
+from opd_ray.cluster.payload_tasks import RayPayloads
 from opd_ray.cluster.placement import cluster_nodes
 from opd_ray.cluster.probe import ray_cluster
 from opd_ray.cluster.remote_calls import remote_result
@@ -26,7 +26,10 @@ from opd_ray.learner.group import LearnerGroup
 from opd_ray.planning.cluster import Cluster
 from opd_ray.planning.placement import ResourcePlan, Share, plan_resources
 from opd_ray.planning.whole_plan import make_plan
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.replay.spill import SpillSpace
+from opd_ray.replay.staleness import StoreConfig
+from opd_ray.replay.store import ReplayStore
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints, latest_checkpoint
 from opd_ray.run.folder import CONFIG_FILE, RunFolder
 from opd_ray.run.resume import checkpoint_to_resume
@@ -37,13 +40,15 @@ from opd_ray.training.controller import Controller, Groups, Outputs
 from opd_ray.training.evaluator import FOLDER, SamplesFile, evaluate, evaluation_metrics
 from opd_ray.training.interrupts import end_on_sigterm, run_interruptible
 from opd_ray.training.outputs import RunOutputs
-from opd_ray.training.preflight import PreflightReport, PreflightSpec, preflight
+from opd_ray.training.preflight import PreflightReport, preflight
 from opd_ray.training.sources import evaluation_problems, model_path, training_prompts
 from opd_ray.training.summary import Evaluations, closing_words, shown, summary
 from opd_ray.types import Prompt
 
 TEACHER_ENGINE_ROLE = "teacher-engine"
 STOP_S = 5.0
+SPILL_FOLDER = "spill"
+"""Where payloads go that memory has no room for; empty between runs."""
 
 logger = logging.getLogger("opd_ray")
 
@@ -61,7 +66,7 @@ def run_session(cfg: RunConfig, config_yaml: str, config_values: Mapping[str, An
     else:
         folder = RunFolder.reopen(checkpoint.folder.parents[1])
         sys.stderr.write(
-            f"opd_ray: note: going on with {shown(folder.path)} from step {checkpoint.policy_version} "
+            f"opd_ray: note: resuming {shown(folder.path)} from step {checkpoint.policy_version} "
             "(resume=never starts a new run)\n"
         )
     for text in announcements(cfg):
@@ -97,9 +102,9 @@ class Session:
     evaluations: Evaluations = field(default_factory=Evaluations)
     is_training: bool = False
     _groups: list[WorkerGroup] = field(default_factory=list)
-    _store: StoreClient | None = None
     _outputs: RunOutputs | None = None
     _start_notes: dict[str, int] = field(default_factory=dict)
+    _num_redone: int = 0
     _progress: Progress | None = None
     _dashboard: str = ""
 
@@ -118,9 +123,7 @@ class Session:
                 controller = await self._start(plan, report, source, problems)
                 await self._train(controller, problems)
                 wall_s = time.monotonic() - self.started
-                report_of_run = summary(
-                    self.cfg, controller.totals, self.evaluations, await controller.ledger(), wall_s
-                )
+                report_of_run = summary(self.cfg, controller.totals, self.evaluations, controller.ledger(), wall_s)
             finally:
                 await self._stop()
         self.folder.finish(report_of_run)
@@ -147,10 +150,10 @@ class Session:
         found.require_fit()
 
     async def _preflight(self, prompts: list[Prompt], problems: list[Prompt]) -> PreflightReport:
-        spec = PreflightSpec.of(self.cfg, model_path(self.cfg.student.path), model_path(self.cfg.teacher.path))
+        paths = model_path(self.cfg.student.path), model_path(self.cfg.teacher.path)
         remote: Any = ray.remote(preflight)
         env = {"env_vars": worker_env(Share(ray_cpus=1, gpus=0, threads=1))}
-        ref = remote.options(num_cpus=1, max_retries=0, runtime_env=env).remote(spec, prompts, problems)
+        ref = remote.options(num_cpus=1, max_retries=0, runtime_env=env).remote(self.cfg, *paths, prompts, problems)
         found: PreflightReport = await remote_result(ref, "preflight", self.cfg.deadline_s)
         return found
 
@@ -180,7 +183,9 @@ class Session:
             self.folder.path, cfg.checkpoint.every, cfg.checkpoint.keep, self.config_values, self._notes
         )
         written = Outputs(outputs.step_done, self._go_back_to, checkpoints, self.folder.path / FOLDER)
-        return Controller(cfg, groups, source, problems, written)
+        controller = Controller(cfg, groups, source, problems, written)
+        controller.totals.redone_steps = self._num_redone
+        return controller
 
     def _samples_file(self, moment: str, policy_version: int | None) -> SamplesFile:
         model = self.cfg.teacher if policy_version is None else self.cfg.student
@@ -190,8 +195,12 @@ class Session:
         if self._progress is None:
             raise RuntimeError("the session is not running: call run")
         self._outputs = RunOutputs(self.cfg.telemetry, self.folder, self.config_values, self._progress)
-        if self.checkpoint is not None:
-            self._go_back_to(self.checkpoint)
+        if self.checkpoint is not None and (num_redone := self._go_back_to(self.checkpoint)):
+            self._num_redone = num_redone
+            sys.stderr.write(
+                f"opd_ray: note: {num_redone} steps after step {self.checkpoint.policy_version} had no checkpoint yet "
+                "and are done again\n"
+            )
         return self._outputs
 
     def _notes(self) -> dict[str, Any]:
@@ -199,11 +208,12 @@ class Session:
         files = {} if self._outputs is None else self._outputs.notes()
         return files | {"evaluations": asdict(self.evaluations)}
 
-    def _go_back_to(self, checkpoint: Checkpoint | None) -> None:
-        """Drop what was written since a checkpoint (None: since the start of training)."""
-        if self._outputs is not None:
-            notes = self._start_notes if checkpoint is None else checkpoint.notes
-            self._outputs.go_back_to(notes, 0 if checkpoint is None else checkpoint.policy_version)
+    def _go_back_to(self, checkpoint: Checkpoint | None) -> int:
+        """Drop what was written since a checkpoint (None: since the start of training); returns how many steps."""
+        if self._outputs is None:
+            return 0
+        notes = self._start_notes if checkpoint is None else checkpoint.notes
+        return self._outputs.go_back_to(notes, 0 if checkpoint is None else checkpoint.policy_version)
 
     async def _evaluate_teacher(self, engine: RolloutGroup, problems: list[Prompt]) -> None:
         self._phase("evaluating the teacher")
@@ -216,12 +226,15 @@ class Session:
     def _create_groups(self, plan: ResourcePlan, report: PreflightReport) -> Groups:
         cfg = self.cfg
         student, teacher = model_path(cfg.student.path), model_path(cfg.teacher.path)
-        self._store = StoreClient(cfg)
+        spill_folder = self.folder.path / SPILL_FOLDER
+        shutil.rmtree(spill_folder, ignore_errors=True)
+        spill = SpillSpace(cfg.replay.spill_bytes, spill_folder) if cfg.replay.spill_bytes else None
+        store = ReplayStore(StoreConfig.of(cfg), RayPayloads(cfg.deadline_s), spill=spill)
         learner = LearnerGroup.create(cfg, plan.learner, student, str(self.folder.path / DUMP_FOLDER))
         rollout = RolloutGroup.create(cfg, plan.rollout, [student] * cfg.rollout.num_engines)
         scoring = TeacherGroup.create(cfg, plan.teacher, report.vocab_size, report.tokenizer_fingerprint, teacher)
         self._groups += [learner, rollout, scoring]
-        return Groups(rollout=rollout, teacher=scoring, learner=learner, store=self._store)
+        return Groups(rollout=rollout, teacher=scoring, learner=learner, store=store)
 
     def _create_teacher_engine(self, plan: ResourcePlan) -> RolloutGroup:
         """An engine with the teacher's weights; on CPU it asks Ray for no share, as it only works while others wait."""
@@ -236,7 +249,7 @@ class Session:
         try:
             await controller.train(self.checkpoint)
         finally:
-            await self._write_ledger(controller)
+            self._write_ledger(controller)
         if problems:
             self._phase("evaluating the student after training")
             file = self._samples_file("after", controller.totals.steps)
@@ -247,9 +260,9 @@ class Session:
         self._phase("saving the student")
         await controller.save_student(self.folder.path / "student")
 
-    async def _write_ledger(self, controller: Controller) -> None:
+    def _write_ledger(self, controller: Controller) -> None:
         try:
-            self.folder.write_json("ledger.json", await controller.ledger())
+            self.folder.write_json("ledger.json", controller.ledger())
         except OpdError as error:
             # What ended the training is the error to show.
             logger.warning("the ledger could not be written: %s", error)
@@ -269,10 +282,9 @@ class Session:
             logger.warning("some actors did not stop within %g s and are killed", STOP_S)
         for group in self._groups:
             group.shutdown()
-        if self._store is not None:
-            self._store.shutdown()
         if self._outputs is not None:
             self._outputs.close()
+        shutil.rmtree(self.folder.path / SPILL_FOLDER, ignore_errors=True)
 
     def note_failure(self, error: BaseException) -> None:
         """Leave a consistent run folder; none if training had not begun, unless its log holds an actor's traceback."""
@@ -280,7 +292,7 @@ class Session:
             shutil.rmtree(self.folder.path, ignore_errors=True)
             return
         if (latest := self._latest_checkpoint()) is not None:
-            sys.stderr.write(f"opd_ray: note: the same command goes on from step {latest.policy_version}\n")
+            sys.stderr.write(f"opd_ray: note: the same command resumes from step {latest.policy_version}\n")
         interrupted = isinstance(error, (KeyboardInterrupt, asyncio.CancelledError))
         logger.error("the run ended early: %s", "interrupted" if interrupted else error)
         self.folder.mark("interrupted" if interrupted else "failed", None if interrupted else str(error))

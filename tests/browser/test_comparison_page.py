@@ -11,6 +11,8 @@ from opd_ray.comparison.groups import compare_runs
 from tests.browser.conftest import Browser
 from tests.unit.run_folders import write_study
 
+pytestmark = pytest.mark.slow
+
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
 
 

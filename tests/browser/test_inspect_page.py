@@ -16,6 +16,8 @@ from opd_ray.run.trajectory_dump import DUMP_FOLDER, DumpedVisit, write_dump
 from tests.browser.conftest import Browser
 from tests.unit.dumped import SETTINGS, made_visit
 
+pytestmark = pytest.mark.slow
+
 PIECES = ["6", " times", " 7", "\n", " is", " 42", "</script>", "<b>x</b>", "", "é", "\n", " so"] * 4
 
 NASTY = "<img src=x onerror=window.hacked=1>"

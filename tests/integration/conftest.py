@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from tests.integration.variants import VariantGroup
-
 if TYPE_CHECKING:
+    from tests.integration.learners import Learners
     from tests.integration.runs import Engines
+    from tests.integration.variants import VariantGroup
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -98,33 +98,47 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def one_rank(ray_cluster: None) -> Iterator[VariantGroup]:
-    """A learner rank that several tests share."""
-    group = VariantGroup(1)
-    yield group
-    group.stop()
+def learners(ray_cluster: None) -> Iterator[Learners]:
+    """Learner ranks that the runs of several tests share."""
+    from tests.integration.learners import Learners
+
+    groups = Learners()
+    yield groups
+    groups.end()
 
 
 @pytest.fixture(scope="session")
-def two_ranks(ray_cluster: None) -> Iterator[VariantGroup]:
-    """Two learner ranks that several tests share."""
-    group = VariantGroup(2)
-    yield group
-    group.stop()
+def one_rank(learners: Learners, student_folder: Path) -> VariantGroup:
+    """The learner rank that several tests share."""
+    return variants(learners, student_folder, num_ranks=1)
 
 
 @pytest.fixture(scope="session")
-def engines(ray_cluster: None, student_folder: Path, teacher_folder: Path) -> Iterator[Engines]:
+def two_ranks(learners: Learners, student_folder: Path) -> VariantGroup:
+    """The two learner ranks that several tests share."""
+    return variants(learners, student_folder, num_ranks=2)
+
+
+def variants(learners: Learners, student_folder: Path, num_ranks: int) -> VariantGroup:
+    from tests.integration.runs import small_config
+    from tests.integration.variants import VariantGroup
+
+    return VariantGroup(learners, small_config("lsm", f"learner.num_ranks={num_ranks}"), str(student_folder))
+
+
+@pytest.fixture(scope="session")
+def engines(learners: Learners, student_folder: Path, teacher_folder: Path) -> Iterator[Engines]:
     """A rollout engine and a teacher that several tests share; whoever kills them has them replaced."""
     import asyncio
 
-    from opd_ray.rollout.worker import RolloutGroup
+    from opd_ray.rollout.group import RolloutGroup
     from opd_ray.teacher.worker import TeacherGroup
-    from opd_ray.training.preflight import PreflightSpec, preflight
-    from tests.integration.runs import NO_SHARE, Engines, small_config
+    from opd_ray.training.preflight import preflight
+    from tests.integration.learners import NO_SHARE
+    from tests.integration.runs import Engines, small_config
 
     cfg = small_config("lsm_block64", "faults.max_restarts=20")
-    report = preflight(PreflightSpec.of(cfg, str(student_folder), str(teacher_folder)), [], [])
+    report = preflight(cfg, str(student_folder), str(teacher_folder), [], [])
     rollout = RolloutGroup.create(cfg, NO_SHARE, [str(student_folder)])
     teacher = TeacherGroup.create(cfg, NO_SHARE, report.vocab_size, report.tokenizer_fingerprint, str(teacher_folder))
 
@@ -132,7 +146,7 @@ def engines(ray_cluster: None, student_folder: Path, teacher_folder: Path) -> It
         await asyncio.gather(rollout.ready(), teacher.ready())
 
     asyncio.run(ready())
-    yield Engines(rollout, teacher, str(student_folder))
+    yield Engines(rollout, teacher, str(student_folder), learners)
     asyncio.run(rollout.stop())
     rollout.shutdown()
     teacher.shutdown()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,20 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
-from opd_ray.actors.store import StoreClient
+from opd_ray.cluster.payload_tasks import RayPayloads
 from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
-from opd_ray.learner.group import LearnerGroup
 from opd_ray.main import conf_dir, to_run_config
-from opd_ray.planning.placement import Share
-from opd_ray.replay.cohort import SampledBatch
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.replay.batch import SampledBatch
+from opd_ray.replay.spill import SpillSpace
+from opd_ray.replay.staleness import StoreConfig
+from opd_ray.replay.store import ReplayStore
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints
 from opd_ray.teacher.worker import TeacherGroup
 from opd_ray.training.controller import Controller, Groups, Outputs
 from opd_ray.training.sources import training_prompts
+from tests.integration.learners import Learners
 
 SMALL = [
     "num_steps=2",
@@ -37,13 +41,17 @@ SMALL = [
     "learner.lr_schedule=constant",
     "teacher.top_k=4",
     "gate.block_size=16",
-    "deadline_s=120",
+    "deadline_s=240",
 ]
-NO_SHARE = Share(0.0, 0.0, 1)
 
 
 def small_config(experiment: str, *overrides: str) -> RunConfig:
     """The named experiment with a few short trajectories a step."""
+    return copy.deepcopy(_small_config(experiment, *overrides))
+
+
+@cache
+def _small_config(experiment: str, *overrides: str) -> RunConfig:
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
@@ -52,11 +60,12 @@ def small_config(experiment: str, *overrides: str) -> RunConfig:
 
 @dataclass
 class Engines:
-    """Rollout and teacher actors that several tests share, and the folder of the student's initial weights."""
+    """Actors that several tests share, and the folder of the student's initial weights."""
 
     rollout: RolloutGroup
     teacher: TeacherGroup
     student_path: str
+    learners: Learners
 
 
 @dataclass
@@ -67,7 +76,7 @@ class RunRecord:
     slots: list[tuple[int, ...]] = field(default_factory=list)
     seen: list[SampledBatch] = field(default_factory=list)
     ledger: dict[str, int] = field(default_factory=dict)
-    state: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
     def step_done(self, step: int, batch: SampledBatch, metrics: Mapping[str, Any]) -> None:
         """Take in a step."""
@@ -75,15 +84,22 @@ class RunRecord:
         self.slots.append(batch.slots)
         self.seen.append(batch)
 
-    def go_back_to(self, checkpoint: Checkpoint | None) -> None:
-        """Forget the steps after a checkpoint."""
+    def go_back_to(self, checkpoint: Checkpoint | None) -> int:
+        """Forget the steps after a checkpoint; returns how many."""
         version = checkpoint.policy_version if checkpoint else 0
+        num_dropped = len(self.slots) - version
         self.metrics = [step for step in self.metrics if step["step"] <= version]
         del self.slots[len(self.metrics) :]
+        return num_dropped
 
     def of(self, key: str) -> list[float]:
         """A metric over the steps."""
         return [step[key] for step in self.metrics]
+
+
+def spill_space(cfg: RunConfig, folder: Path | None) -> SpillSpace | None:
+    """Where payloads are spilled to, if the run spills."""
+    return SpillSpace(cfg.replay.spill_bytes, folder / "spill") if folder and cfg.replay.spill_bytes else None
 
 
 Hook = Callable[[Groups, Controller], Any]
@@ -100,7 +116,7 @@ def train(
     during: Hook | None = None,
     seen: list[SampledBatch] | None = None,
 ) -> RunRecord:
-    """Train with fresh learner and store; `before` and `after` are async hooks around the training, `during` beside it.
+    """Train a fresh student; `before` and `after` are async hooks around the training, `during` beside it.
 
     Checkpoints go to `folder`, if there is one; `seen` takes in the batches of all steps, as they come.
     """
@@ -118,8 +134,8 @@ async def _train(
     record: RunRecord,
 ) -> None:
     before, during, after = hooks
-    learner = LearnerGroup.create(cfg, NO_SHARE, engines.student_path)
-    store = StoreClient(cfg)
+    learner = engines.learners.create(cfg, engines.student_path)
+    store = ReplayStore(StoreConfig.of(cfg), RayPayloads(cfg.deadline_s), spill=spill_space(cfg, folder))
     groups = Groups(engines.rollout, engines.teacher, learner, store)
     source = PromptSource(training_prompts(cfg.data, cfg.seed), cfg.seed, cfg.data.epochs or None)
     every = cfg.checkpoint.every if folder else 0
@@ -138,9 +154,8 @@ async def _train(
             await beside
         if after is not None:
             await after(groups, controller)
-        record.ledger = await controller.ledger()
-        record.state = await store.state()
+        record.ledger = controller.ledger()
+        record.counts = store.counts()
     finally:
         await asyncio.gather(learner.stop(), return_exceptions=True)
         learner.shutdown()
-        store.shutdown()

@@ -19,17 +19,12 @@ from tests.integration.variants import VariantGroup
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 
-# One each for: gate and LSM, spans, no gate and no log-probs, gradient through log-probs, weights that are planned
-# from the whole step, drift on some tokens only, positions that leave by entropy, a support that is one id wider.
-EXPERIMENTS = [
-    "lsm_block64",
-    "lsm_newline",
-    "lsm",
-    "opd_block64",
-    "lsm_block64_shuffle",
-    "lsm_block64_sampled_drift",
-    "lsm_high_entropy",
-    "lsm_with_sampled",
+# One each for: gate and LSM, gradient through log-probs, drift on some tokens only, positions that leave by entropy;
+# the slow ones: spans, no gate and no log-probs, weights planned from the whole step, a support that is one id wider.
+EXPERIMENTS = ["lsm_block64", "opd_block64", "lsm_block64_sampled_drift", "lsm_high_entropy"]
+SLOW_EXPERIMENTS = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("lsm_newline", "lsm", "lsm_block64_shuffle", "lsm_with_sampled")
 ]
 
 
@@ -39,7 +34,7 @@ def dumped(run: Path) -> list[list[DumpedVisit]]:
     return [[visit for visit in visits if visit.step == step] for step in (1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", [*EXPERIMENTS, *SLOW_EXPERIMENTS])
 def test_a_dump_changes_no_bit_of_a_run_and_adds_up_to_its_losses(
     two_ranks: VariantGroup, student_folder: Path, tmp_path: Path, experiment: str
 ) -> None:

@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import ray
 
-from opd_ray.config.choices import OnNewWeights
+from opd_ray.config.choices import Dtype, OnNewWeights
 from opd_ray.errors import ActorError, WeightSyncError
 from opd_ray.models.weights import WeightBucket, combined_checksum, pack_buckets
-from opd_ray.rollout.worker import RolloutGroup, RolloutSpec, RolloutWorker
+from opd_ray.rollout.group import RolloutGroup
+from opd_ray.rollout.worker import RolloutWorker
 from opd_ray.trajectory.codec import decode
 from opd_ray.trajectory.rows import RolloutRow, rollout_rows
 from opd_ray.types import LoadReceipt, Prompt, RolloutRequest, WeightsReceipt
 from tests.integration.conftest import save_random_model
-from tests.integration.runs import NO_SHARE, small_config
+from tests.integration.learners import NO_SHARE
+from tests.integration.runs import small_config
 
 pytestmark = pytest.mark.integration
 
@@ -162,8 +164,8 @@ class Bench:
         finish = small_config("lsm", "rollout.on_new_weights=finish", *lengths)
         partial = small_config("lsm", *lengths)
         specs = [
-            (RolloutSpec.of(partial, "rollout-0", str(student_folder), "float32"),),
-            (RolloutSpec.of(finish, "rollout-1", str(new_folder), "float32"),),
+            (partial, "rollout-0", str(student_folder), Dtype.float32),
+            (finish, "rollout-1", str(new_folder), Dtype.float32),
         ]
         self.group = RolloutGroup("rollout", 120)
         self.group.start(ObservedWorker, NO_SHARE, specs, {"VLLM_CPU_KVCACHE_SPACE": "1"})

@@ -92,6 +92,7 @@ def test_a_prompt_longer_than_the_context_is_refused_before_an_engine_starts(tmp
     assert not results.exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_engines_sample_leaves_nothing(tmp_path: Path) -> None:
     results = tmp_path / "evaluations"
     process = start(

@@ -1,4 +1,4 @@
-"""SIGKILL in the middle of a run: the real controller, store, vLLM engine, teacher and DeepSpeed learner go on."""
+"""SIGKILL in the middle of a run: the real controller, vLLM engine, teacher and DeepSpeed learner continue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from opd_ray.errors import DeadlineError
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.training.controller import Controller, Groups
 from opd_ray.types import Prompt, RolloutRequest
 from tests.integration.runs import Engines, Hook, RunRecord, small_config, train
@@ -29,15 +29,10 @@ def killer(kind: str, steps: list[SampledBatch]) -> tuple[Hook, Hook]:
     """Hooks that look up a process of `kind` before the training, and kill it after the second step."""
     found: list[int] = []
 
-    def store_of(groups: Groups) -> Any:
-        desk: Any = groups.store._line.desk
-        return desk.handle
-
     async def look_up(groups: Groups, controller: Controller) -> None:
         actors = {
             "rollout": groups.rollout.workers,
             "teacher": groups.teacher.workers,
-            "store": [store_of(groups)],
             "learner": groups.learner.workers[-1:],
         }[kind]
         found.append(await process_of(actors[0]))
@@ -70,15 +65,12 @@ def assert_complete(record: RunRecord) -> None:
     assert len(set(slots)) == len(slots)
 
 
-@pytest.mark.parametrize("kind", ["rollout", "teacher", "store"])
-def test_a_dead_worker_or_store_costs_no_step(engines: Engines, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["rollout", "teacher"])
+def test_a_dead_worker_costs_no_step(engines: Engines, kind: str) -> None:
     before = engines.rollout.num_restarts + engines.teacher.num_restarts
     record = train_with_a_death(engines, kind, "replay.max_staleness=2")
     assert_complete(record)
     assert max(record.of("replay/staleness/max")) <= 3
-    if kind == "store":
-        assert record.of("faults/restarts/store")[-1] == 1
-        return
     assert engines.rollout.num_restarts + engines.teacher.num_restarts == before + 1
     assert record.ledger["evicted"] == 0 and record.ledger["failed"] == 0
 

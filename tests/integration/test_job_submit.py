@@ -19,7 +19,7 @@ import pytest
 from benchmarks.monitoring_stack import free_ports
 from tests.integration.conftest import SHORT_JOB
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -26,7 +26,26 @@ from tests.integration.variants import VariantGroup, VariantResult, VariantStep
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 
-EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+# One for each part of the step that has code of its own; the other experiments combine these parts.
+QUICK = {
+    "lsm_block64",
+    "lsm_block64_capped",
+    "lsm_block64_engine_calibrated",
+    "lsm_block64_sampled_drift",
+    "lsm_block64_shuffle",
+    "lsm_block64_tau_quantile",
+    "lsm_high_entropy",
+    "lsm_newline",
+    "lsm_student_support",
+    "lsm_with_sampled",
+    "opd_block64",
+    "opd_recompute_icepop",
+    "tail_kl_reverse",
+}
+EXPERIMENTS = [
+    pytest.param(path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
+    for path in sorted((conf_dir() / "experiment").glob("*.yaml"))
+]
 LENGTHS = [40, 9, 33, 64, 1, 50, 17]
 OVERRIDES = (
     "learner.lr=1e-3",

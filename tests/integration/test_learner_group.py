@@ -21,8 +21,9 @@ from opd_ray.learner.group import LearnerGroup
 from opd_ray.learner.spec import LostTrajectories
 from opd_ray.models.weights import combined_checksum
 from opd_ray.planning.placement import Share
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from tests.integration.batches import scored_payload, stale_infos
+from tests.integration.learners import Learners
 from tests.integration.runs import small_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
@@ -115,14 +116,10 @@ async def lose_and_restart(group: LearnerGroup, folder: Path) -> None:
 
 
 def test_a_lost_payload_costs_its_rows_and_a_lost_rank_is_named_its_weights_stay_and_the_group_goes_on_from_its_state(
-    student_folder: Path, tmp_path: Path
+    learners: Learners, student_folder: Path, tmp_path: Path
 ) -> None:
-    cfg = small_config("lsm_block64", "learner.num_ranks=2", "learner.zero_stage=2", "deadline_s=60")
-    group = LearnerGroup.create(cfg, Share(0.0, 0.0, 1), str(student_folder))
-    try:
-        asyncio.run(lose_and_restart(group, tmp_path))
-    finally:
-        group.shutdown()
+    cfg = small_config("lsm_block64", "learner.num_ranks=2", "learner.zero_stage=2")
+    asyncio.run(lose_and_restart(learners.create(cfg, str(student_folder)), tmp_path))
 
 
 def test_room_that_does_not_come_is_refused_with_the_numbers() -> None:

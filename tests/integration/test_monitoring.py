@@ -19,7 +19,7 @@ from benchmarks.monitoring_stack import Prometheus, RayHead, prometheus, ray_hea
 from opd_ray.telemetry.exported_series import SERIES, Kind
 from tests.unit.test_monitoring import EXPRESSIONS, in_prometheus
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 BINARY = shutil.which("prometheus")
@@ -155,7 +155,7 @@ def test_every_panel_is_an_expression_that_prometheus_answers(watched: Watched, 
 
 
 def test_the_dashboard_lists_the_groups_by_name(watched: Watched) -> None:
-    assert {"rollout-0", "teacher-0", "learner-0", "replay-store"} <= watched.actors
+    assert {"rollout-0", "teacher-0", "learner-0"} <= watched.actors
 
 
 def test_after_the_run_its_gauges_go_and_its_counters_stay(watched: Watched) -> None:

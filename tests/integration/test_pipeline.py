@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_one_batch_of_each_variant(engines: Engines, experiment: str) -> None:
     assert all(norm > 0 for norm in record.of("learner/grad_norm"))
     assert record.ledger["started"] == record.ledger["trained"] == 8
     assert_balanced(record)
-    assert record.state["payloads"] == 0
+    assert record.counts["payloads"] == 0
     if experiment in ("opd", "lsm"):
         assert not any("gate/value/mean" in step for step in record.metrics)
         return
@@ -125,11 +126,13 @@ def test_new_weights_are_taken_over_in_the_middle_of_requests(engines: Engines) 
             for row in rollout_rows(decode(await payload)):
                 assert len(row.token_versions) == len(row.response_token_ids)
                 assert (np.diff(row.version_values) > 0).all()
+            if any(t.oldest_version < t.newest_version for t in receipts[-1].trajectories):
+                return
             weights = WeightsReceipt(101 + attempt, weights.checksum, weights.num_bytes)
+        pytest.fail("no weights came in the middle of a request")
 
     train(small_config("lsm"), engines, after=probe)
-    mixed = [t for receipt in receipts for t in receipt.trajectories if t.oldest_version < t.newest_version]
-    assert mixed
+    assert receipts
 
 
 def test_damaged_weights_are_refused(engines: Engines) -> None:
@@ -180,4 +183,7 @@ def test_payload_stays_out_of_the_driver(engines: Engines) -> None:
     payload, receipt = worker.generate.options(num_returns=2).remote(request)
     size = ray.get(receipt).num_bytes
     assert size < 100_000
-    assert ray.experimental.get_object_locations([payload])[payload]["node_ids"]
+    deadline = time.monotonic() + 20
+    while not ray.experimental.get_object_locations([payload])[payload]["node_ids"]:
+        assert time.monotonic() < deadline, "the payload is on no node: it came to the driver"
+        time.sleep(0.1)

@@ -10,13 +10,12 @@ import pytest
 
 from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
-from opd_ray.learner.group import LearnerGroup
 from opd_ray.learner.step_report import step_metrics
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.run.checkpoint import read_checkpoint
 from opd_ray.training.sources import training_prompts
 from opd_ray.types import RolloutRequest, SampleInfo
-from tests.integration.runs import NO_SHARE, Engines, small_config, train
+from tests.integration.runs import Engines, small_config, train
 
 pytestmark = pytest.mark.integration
 
@@ -52,7 +51,7 @@ def test_an_overlapping_run_resumes_with_what_was_in_flight(engines: Engines, tm
 
 async def _synchronous(cfg: RunConfig, engines: Engines) -> list[float]:
     """Sample, score, step, publish, one after the other: no store, no loops."""
-    learner = LearnerGroup.create(cfg, NO_SHARE, engines.student_path)
+    learner = engines.learners.create(cfg, engines.student_path)
     source = PromptSource(training_prompts(cfg.data, cfg.seed), cfg.seed)
     samples, losses = cfg.rollout.samples_per_prompt, []
     engine, teacher = engines.rollout.workers[0], engines.teacher.workers[0]

@@ -24,7 +24,7 @@ import pytest
 from benchmarks.monitoring_stack import free_ports
 from tests.integration.conftest import SHORT_JOB
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -190,5 +190,5 @@ def test_a_slurm_job_near_its_time_limit_ends_well(slurm: dict[str, str], tmp_pa
     assert job.returncode == 130, log.read_text()
     (folder,) = (path for path in runs.iterdir() if path.name != "latest")
     assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
-    assert "the same command goes on from step" in log.read_text()
+    assert "the same command resumes from step" in log.read_text()
     wait_until_idle(slurm, tmp_path)

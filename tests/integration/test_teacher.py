@@ -18,14 +18,15 @@ from opd_ray.config.choices import Dtype, LogprobDtype
 from opd_ray.config.schema import RunConfig
 from opd_ray.errors import SchemaError
 from opd_ray.models.loading import load_causal_lm
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.teacher.worker import TeacherGroup
-from opd_ray.training.preflight import PreflightSpec, preflight
+from opd_ray.training.preflight import preflight
 from opd_ray.trajectory.codec import decode, encode_rollouts
 from opd_ray.trajectory.rows import RolloutRow, ScoredRow, rollout_rows, scored_rows
 from opd_ray.trajectory.schema import BatchSpec, read_spec
 from opd_ray.types import Prompt, RolloutRequest
-from tests.integration.runs import NO_SHARE, Engines, small_config, train
+from tests.integration.learners import NO_SHARE, Learners
+from tests.integration.runs import Engines, small_config, train
 
 pytestmark = pytest.mark.integration
 
@@ -34,11 +35,11 @@ SAMPLES = 4
 # All that the embedded tokenizer has; K may be as large.
 VOCAB = 44
 # Support, K, the dtype of the sampled tokens' log-probs, and whether both models run in vLLM, each in two processes.
-PARAMS = [
-    ("teacher_topk", 4, "float32", False),
+PARAMS: list[Any] = [
     ("student_topk", 4, "float16", False),
-    ("student_topk", VOCAB, "float32", False),
-    ("teacher_topk", 4, "float32", True),
+    pytest.param(("teacher_topk", 4, "float32", False), marks=pytest.mark.slow),
+    pytest.param(("student_topk", VOCAB, "float32", False), marks=pytest.mark.slow),
+    pytest.param(("teacher_topk", 4, "float32", True), marks=pytest.mark.slow),
 ]
 SPLIT = ("rollout.tensor_parallel=2", "teacher.backend=vllm", "teacher.tensor_parallel=2")
 
@@ -84,7 +85,7 @@ def scored(
     dtypes = ("replay.logprob_dtype=float32", f"replay.sampled_logprob_dtype={dtype}")
     split = SPLIT if is_split else ()
     cfg = small_config("lsm", f"teacher.support={support}", f"teacher.top_k={top_k}", *sampling, *dtypes, *split)
-    report = preflight(PreflightSpec.of(cfg, str(student_folder), str(teacher_folder)), [], [])
+    report = preflight(cfg, str(student_folder), str(teacher_folder), [], [])
     assert report.vocab_size == VOCAB
     rollout = RolloutGroup.create(cfg, NO_SHARE, [str(student_folder)])
     teacher = TeacherGroup.create(cfg, NO_SHARE, report.vocab_size, report.tokenizer_fingerprint, str(teacher_folder))
@@ -178,13 +179,15 @@ def test_a_batch_for_another_support_is_refused(scored: Scored) -> None:
         asyncio.run(refused())
 
 
-def test_a_run_trains_on_the_support_and_the_engine_has_its_weights(scored: Scored, tmp_path: Path) -> None:
+def test_a_run_trains_on_the_support_and_the_engine_has_its_weights(
+    scored: Scored, learners: Learners, tmp_path: Path
+) -> None:
     """The last test of these engines, as they end with trained weights."""
 
     async def save(groups: Any, controller: Any) -> None:
         await controller.save_student(tmp_path / "student")
 
-    record = train(scored.cfg, Engines(scored.rollout, scored.teacher, str(scored.student)), after=save)
+    record = train(scored.cfg, Engines(scored.rollout, scored.teacher, str(scored.student), learners), after=save)
     for row in rollout_rows(decode(ray.get(generate(scored.rollout)[0]))):
         sampled = torch.from_numpy(row.response_token_ids.astype(np.int64))
         trained = plain_logprobs(tmp_path / "student", row).gather(1, sampled[:, None])[:, 0]

@@ -17,10 +17,10 @@ import pytest
 
 from opd_ray.cli import VERBS
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("opd_ray", "conf", "requirements", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("opd_ray", "conf", "pyproject.toml", "README.md", "LICENSE")
 
 
 @dataclass(frozen=True, slots=True)

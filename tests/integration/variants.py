@@ -1,9 +1,8 @@
-"""Trains several variants one after the other in the same rank processes, because DeepSpeed takes seconds to import."""
+"""Train variants one after the other in the shared rank processes, with batches and states that the test chooses."""
 
 from __future__ import annotations
 
-import os
-import socket
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +14,12 @@ import torch
 from opd_ray.config.schema import RunConfig
 from opd_ray.data.packing import plan_microbatches
 from opd_ray.errors import CheckpointError
+from opd_ray.learner.group import LearnerWorker
 from opd_ray.learner.spec import LearnerSpec, RankBatch, rank_batches
 from opd_ray.learner.step_report import RankReport
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.types import SampleInfo
+from tests.integration.learners import Learners
 
 if TYPE_CHECKING:
     from opd_ray.learner.trainer import Trainer
@@ -55,39 +56,31 @@ class VariantResult:
     refusals: list[list[str]]
 
 
-class VariantWorker:
-    """A rank that makes a fresh trainer for every call of `run`; the ranks meet once."""
+def _run(
+    worker: LearnerWorker, spec: LearnerSpec, steps: Sequence[tuple[RankBatch, Any]], states: States
+) -> tuple[list[Any], dict[str, torch.Tensor], list[str]]:
+    """One rank's part of a variant, in the process of `worker`, which has met the other ranks."""
+    from opd_ray.learner.trainer import Trainer
+    from opd_ray.models.weights import unpack_bucket
 
-    def join(self, rank: int, num_ranks: int, port: int) -> None:
-        os.environ |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_RANK": "0",
-        }
-
-    def run(self, spec: LearnerSpec, steps: Sequence[tuple[RankBatch, Any]], states: States) -> Any:
-        from opd_ray.learner.trainer import Trainer
-        from opd_ray.models.weights import unpack_bucket
-
-        trainer = Trainer(spec)
-        torch.manual_seed(spec.rank)
-        refusals = [_refusal(trainer, folder) for folder in states.refused]
-        if states.load is not None:
-            torch.manual_seed(99)
-            trainer.load_state(states.load)
-        reports = []
-        for number in range(len(steps) + 1):
-            if number:
-                torch.rand(3)
-                batch, payload = steps[number - 1]
-                reports.append(trainer.train_step(batch, [payload]))
-            if number in states.save:
-                trainer.save_state(states.save[number])
-        buckets = list(trainer.export())
-        weights = {name: tensor.clone() for bucket in buckets for name, tensor in unpack_bucket(bucket)}
-        return reports, weights, refusals
+    worker._trainer = None
+    trainer = Trainer(spec)
+    torch.manual_seed(spec.rank)
+    refusals = [_refusal(trainer, folder) for folder in states.refused]
+    if states.load is not None:
+        torch.manual_seed(99)
+        trainer.load_state(states.load)
+    reports = []
+    for number in range(len(steps) + 1):
+        if number:
+            torch.rand(3)
+            batch, payload = steps[number - 1]
+            reports.append(trainer.train_step(batch, [payload]))
+        if number in states.save:
+            trainer.save_state(states.save[number])
+    buckets = list(trainer.export())
+    weights = {name: tensor.clone() for bucket in buckets for name, tensor in unpack_bucket(bucket)}
+    return reports, weights, refusals
 
 
 def _refusal(trainer: Trainer, folder: Path) -> str:
@@ -102,13 +95,10 @@ def _refusal(trainer: Trainer, folder: Path) -> str:
 class VariantGroup:
     """All ranks of one size of the learner group."""
 
-    def __init__(self, num_ranks: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        remote: Any = ray.remote(num_cpus=0)(VariantWorker)
-        self.workers: list[Any] = [remote.remote() for _ in range(num_ranks)]
-        ray.get([worker.join.remote(rank, num_ranks, port) for rank, worker in enumerate(self.workers)])
+    def __init__(self, learners: Learners, cfg: RunConfig, model_path: str) -> None:
+        """`cfg` says how many ranks; the model is loaded once, for the ranks to meet."""
+        self._group = learners.create(cfg, model_path)
+        asyncio.run(self._group.ready())
 
     def run(
         self,
@@ -120,7 +110,10 @@ class VariantGroup:
         dump: Path | None = None,
     ) -> VariantResult:
         """Train the variant of `cfg` with microbatches of at most `budget` padded tokens; trajectories go to `dump`."""
-        num_ranks = len(self.workers)
+        # A test that killed a rank has left another one in its place.
+        workers = self._group.workers
+        num_ranks = len(workers)
+        cfg = replace(cfg, learner=replace(cfg.learner, num_ranks=num_ranks))
         per_rank: list[list[tuple[RankBatch, Any]]] = [[] for _ in range(num_ranks)]
         for step in steps:
             infos = tuple(step.infos[row] for row in step.rows)
@@ -134,13 +127,9 @@ class VariantGroup:
             for rank, (part, _) in enumerate(parts):
                 per_rank[rank].append((part, step.payload))
         calls = []
-        for rank, worker in enumerate(self.workers):
-            spec = LearnerSpec.of(cfg, rank, model_path, 1, str(dump or ""))
-            calls.append(worker.run.remote(replace(spec, num_ranks=num_ranks), per_rank[rank], states or States()))
+        for rank, worker in enumerate(workers):
+            spec = LearnerSpec(cfg, rank, model_path, 1, str(dump or ""))
+            calls.append(worker.__ray_call__.remote(_run, spec, per_rank[rank], states or States()))
         results = ray.get(calls, timeout=240)
         by_step = [list(reports) for reports in zip(*(reports for reports, *_ in results), strict=True)]
         return VariantResult(by_step, results[0][1], [refusals for *_, refusals in results])
-
-    def stop(self) -> None:
-        for worker in self.workers:
-            ray.kill(worker)

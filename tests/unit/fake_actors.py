@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opd_ray.actors.store import StoreClient, store_config
 from opd_ray.cluster.worker_group import WorkerGroup
 from opd_ray.config.schema import RunConfig
 from opd_ray.data.source import PromptSource
 from opd_ray.errors import ActorDiedError, ActorError, PayloadLostError
 from opd_ray.learner.spec import LostTrajectories
 from opd_ray.learner.step_report import RankReport
-from opd_ray.replay.cohort import SampledBatch
-from opd_ray.replay.desk import Call, Reply, StoreDesk
+from opd_ray.replay.batch import SampledBatch
+from opd_ray.replay.payload_io import PayloadFile, read_payload, write_payload
+from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
-from opd_ray.rollout.worker import RolloutGroup
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints
 from opd_ray.training.controller import Controller, Groups, Outputs
 from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
@@ -119,22 +119,30 @@ class Handle:
         return Method(mortal)
 
 
-class FarHandle:
-    """A store's desk (`StoreDesk`) behind a handle."""
+class FakePayloads:
+    """A `PayloadIO` for fake payloads."""
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
+    async def write(self, refs: Sequence[Any], paths: Sequence[Path]) -> list[str | None]:
+        checksums: list[str | None] = []
+        for ref, path in zip(refs, paths, strict=True):
+            try:
+                checksums.append(write_payload(await ref, path))
+            except PayloadLostError:
+                checksums.append(None)
+            await asyncio.sleep(0)
+        return checksums
 
-    def do(self, calls: Sequence[Call]) -> Awaitable[Reply]:
-        reply: Awaitable[Reply] = self.handle.do.remote(calls)
-        return reply
+    async def read(self, files: Sequence[PayloadFile]) -> list[Any]:
+        return self.read_later(files)
 
-    def relieve(self) -> Awaitable[Reply]:
-        reply: Awaitable[Reply] = self.handle.relieve.remote()
-        return reply
-
-    def close(self) -> None:
-        self.handle.kill()
+    def read_later(self, files: Sequence[PayloadFile]) -> list[Any]:
+        payloads = []
+        for file in files:
+            value = asyncio.get_running_loop().create_future()
+            value.set_result(bytes(read_payload(file)))
+            payloads.append(FakePayload(value))
+            PAYLOADS.add(payloads[-1])
+        return payloads
 
 
 class World:
@@ -307,14 +315,12 @@ class Run:
     def __post_init__(self) -> None:
         cfg, limit = self.cfg, self.cfg.faults.max_restarts
         PAYLOADS.clear()
-        self.stores: list[ReplayStore] = []
-        self.handles: list[Handle] = []
         self.engines = FakeEngines("rollout", cfg.deadline_s, limit)
         self.engines.begin(self.world, cfg.rollout.num_engines)
         self.teachers = FakeTeachers("teacher", cfg.deadline_s, limit)
         self.teachers.begin(self.world, cfg.teacher.num_workers)
         self.learner = FakeLearner(self.world, limit)
-        self.store = StoreClient(cfg, self._start_store)
+        self.store = ReplayStore(StoreConfig.of(cfg), FakePayloads())
         source = PromptSource(
             [Prompt(id=str(i), problem="1+1=") for i in range(self.num_prompts)], 0, cfg.data.epochs or None
         )
@@ -330,20 +336,17 @@ class Run:
             Outputs(self._step_done, self._go_back, checkpoints),
         )
 
-    def _start_store(self, cfg: RunConfig) -> FarHandle:
-        self.stores.append(ReplayStore(store_config(cfg)))
-        self.handles.append(Handle(StoreDesk(self.stores[-1]), "replay-store"))
-        return FarHandle(self.handles[-1])
-
     def _step_done(self, step: int, batch: SampledBatch, metrics: Mapping[str, Any]) -> None:
         self.steps.append((step, metrics))
         self.trained.append((step, batch.slots))
 
-    def _go_back(self, checkpoint: Checkpoint | None) -> None:
+    def _go_back(self, checkpoint: Checkpoint | None) -> int:
         version = checkpoint.policy_version if checkpoint else 0
+        num_redone = len(self.trained) - version
         self.rolled_back.append(version)
         self.steps = [entry for entry in self.steps if entry[0] <= version]
         self.trained = [entry for entry in self.trained if entry[0] <= version]
+        return num_redone
 
     async def train(self, checkpoint: Checkpoint | None = None) -> Run:
         """To the end."""
@@ -352,8 +355,8 @@ class Run:
 
     @property
     def books(self) -> dict[str, int]:
-        """The last store's ledger."""
-        return self.stores[-1].ledger()
+        """The store's ledger."""
+        return self.store.ledger()
 
 
 def config(max_staleness: int, reuse: int, num_steps: int, num_engines: int = 1) -> RunConfig:

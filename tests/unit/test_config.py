@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,12 @@ PAPER = ("opd", "opd_block64", "opd_newline", "lsm", "lsm_block64", "lsm_newline
 
 
 def composed(*overrides: str) -> RunConfig:
+    """A config of the caller's own; composing the same one again costs nothing."""
+    return copy.deepcopy(_composed(os.environ.get("OPD_SCALE"), *overrides))
+
+
+@cache
+def _composed(scale: str | None, *overrides: str) -> RunConfig:
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):

@@ -17,17 +17,16 @@ from opd_ray.evaluation.grading import Completion, ProblemSet
 from opd_ray.evaluation.samples import SamplesHeader, read_samples, to_graded, write_samples
 from opd_ray.evaluation.verdict import Verdict
 from opd_ray.evaluation.verifier import Verification
-from opd_ray.rollout import engine_group
-from opd_ray.rollout.engine_group import EngineGroup
+from opd_ray.rollout import group as rollout_group
+from opd_ray.rollout.group import RolloutGroup
 from opd_ray.training.evaluate_config import EvaluateConfig, check_evaluate_config, engine_config, problem_sets
 from opd_ray.training.evaluated_model import Results, judged_model
 from opd_ray.training.evaluator import SamplesFile, evaluate, judge, problem_set_name
 from opd_ray.training.recompute import recompute
 from opd_ray.types import Prompt
+from tests.unit.benchmark_files import BENCHMARKS, DATA, refused_by_their_own_key
 from tests.unit.fake_actors import Handle, config
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-BENCHMARKS = ["aime24", "aime25", "amc23", "gsm8k", "math500", "tiny"]
 FAST = Verification(num_workers=1, budget_s=20.0)
 
 
@@ -45,7 +44,7 @@ def evaluate_config(*overrides: str) -> EvaluateConfig:
 
 def test_every_benchmark_file_is_a_benchmark() -> None:
     cfg = evaluate_config()
-    assert sorted(cfg.benchmark) == BENCHMARKS
+    assert sorted(cfg.benchmark) == [*BENCHMARKS, "tiny"]
     check_evaluate_config(cfg)
     assert (cfg.n, cfg.temperature, cfg.top_p, cfg.max_response_tokens) == (8, 1.0, 0.9, 16384)
 
@@ -62,12 +61,20 @@ def test_a_new_benchmark_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert cfg.benchmark["mine"].answer_format is AnswerFormat.hash_number
 
 
-def test_all_benchmarks_read_from_one_folder() -> None:
-    cfg = evaluate_config(f"benchmarks=[{','.join(BENCHMARKS)}]", f"data_dir={DATA}")
+def test_all_benchmarks_read_from_one_folder_and_their_own_keys_are_correct() -> None:
+    """Files with the columns that the published data sets have."""
+    cfg = evaluate_config(f"benchmarks=[{','.join([*BENCHMARKS, 'tiny'])}]", f"data_dir={DATA}")
     sets = {part.name: part for part in problem_sets(cfg)}
     sizes = {name: len(part.problems) for name, part in sets.items()}
-    assert sizes == {"aime24": 30, "aime25": 30, "amc23": 40, "gsm8k": 1319, "math500": 500, "tiny": 64}
+    assert sizes == {"aime24": 12, "aime25": 12, "amc23": 12, "gsm8k": 12, "math500": 49, "tiny": 64}
     assert sets["gsm8k"].template is Template.chat and sets["math500"].answer_format is AnswerFormat.boxed
+    assert [sets[name].problems[0].id for name in ("aime24", "gsm8k", "math500")] == [
+        "500",
+        "row-0",
+        "test/number_theory/9001.json",
+    ]
+    for name in BENCHMARKS:
+        assert refused_by_their_own_key(sets[name].problems, sets[name].answer_format) == [], name
 
 
 def test_a_path_of_ones_own_wins_over_the_folder_and_instruction_and_template_are_used(tmp_path: Path) -> None:
@@ -209,8 +216,8 @@ class SlowEngine:
         return self.looks, 0 if self.stands_still else self.looks
 
 
-def engines(*targets: SlowEngine, deadline_s: float = 30.0) -> tuple[EngineGroup, list[Handle]]:
-    group = EngineGroup("rollout", deadline_s)
+def engines(*targets: SlowEngine, deadline_s: float = 30.0) -> tuple[RolloutGroup, list[Handle]]:
+    group = RolloutGroup("rollout", deadline_s)
     handles = [Handle(target, f"rollout-{index}") for index, target in enumerate(targets)]
     group.workers = list(handles)
     return group, handles
@@ -218,7 +225,7 @@ def engines(*targets: SlowEngine, deadline_s: float = 30.0) -> tuple[EngineGroup
 
 @pytest.fixture(autouse=True)
 def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_group, "LOOK_S", 0.02)
+    monkeypatch.setattr(rollout_group, "LOOK_S", 0.02)
 
 
 def test_answers_come_in_order_from_all_engines_and_progress_is_told() -> None:

@@ -12,8 +12,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "opd_ray" / "objective" / "README.md").read_text()
-FILE = re.compile(r"^\*\*A [a-z ]+\*\*, `(opd_ray/[\w/]+\.py)`.*?```python\n(.*?)```", re.DOTALL | re.MULTILINE)
-FILES = {Path(path).stem: (path, text) for path, text in FILE.findall(README)}
+FILE = re.compile(
+    r"^\*\*A [a-z ]+\*\* is a file in .*?\((\w+)\), here `(\w+)\.py`.*?```python\n(.*?)```", re.DOTALL | re.MULTILINE
+)
+FILES = {name: (f"opd_ray/objective/{folder}/{name}.py", text) for folder, name, text in FILE.findall(README)}
 
 # The driver knows a new name, and composes and checks a config with it, without torch.
 DRIVER = """
@@ -122,7 +124,8 @@ def test_a_loss_that_does_not_say_what_it_needs_is_refused_in_one_line(tmp_path:
 
 def test_a_benchmark_of_the_readme_is_one_file(tmp_path: Path) -> None:
     folder = copied(tmp_path)
-    (block,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    text = (ROOT / "opd_ray" / "evaluation" / "README.md").read_text().split("### Your own benchmark")[1]
+    block = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[0]
     (folder / "conf" / "benchmark" / "mine.yaml").write_text(block)
     assert run(BENCHMARK, folder) == "True"
 

@@ -13,14 +13,12 @@ from hypothesis import given
 from ray import cloudpickle
 
 from opd_ray.learner.spec import RankBatch
-from opd_ray.replay.cohort import SampledBatch
 from opd_ray.types import BatchReceipt, SampleInfo, TrajectoryReceipt
 
 receipts = st.builds(TrajectoryReceipt)
 infos = st.lists(st.builds(SampleInfo, age_s=st.floats(0, 1e6)), max_size=4)
 records = st.one_of(
     st.builds(BatchReceipt, trajectories=st.lists(receipts, max_size=4).map(tuple), busy_s=st.floats(0, 1e6)),
-    infos.map(lambda some: SampledBatch(("ref",), tuple((0, row) for row in range(len(some))), tuple(some))),
     infos.map(lambda some: RankBatch(((0,), ()), {0: (0, 1)}, dict(enumerate(some)), True, (3,), 2, (0,))),
 )
 

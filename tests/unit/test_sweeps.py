@@ -1,8 +1,7 @@
-"""Sweeps: W&B's own code takes them, Hydra's multirun is the same grid, and a multirun does nothing twice."""
+"""Sweeps: W&B's own code takes what is made of them, Hydra draws the same grid, and a multirun does nothing twice."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from wandb import wandb_agent
+from wandb.sdk.launch.sweeps.utils import load_sweep_config
 
 from opd_ray.config.choices import AnswerFormat
 from opd_ray.config.schema import RunConfig
@@ -34,9 +35,9 @@ from opd_ray.run.folder import CONFIG_FILE, RunFolder
 from opd_ray.run.resume import finished_run
 from opd_ray.training.evaluator import evaluation_metrics
 from opd_ray.types import Prompt
+from tests.unit.isolated import run_isolated
 
 ROOT = Path(__file__).resolve().parents[2]
-SWEEPS = {path.stem: path for path in sorted((ROOT / "launch" / "sweeps").glob("*.yaml"))}
 NUM_RUNS = {
     "six_variants": 30,
     "gate_loss_staleness": 150,
@@ -45,11 +46,18 @@ NUM_RUNS = {
     "study": 180,
     "study_controls": 25,
 }
-by_name = pytest.mark.parametrize("name", list(SWEEPS))
+by_name = pytest.mark.parametrize("name", list(NUM_RUNS))
+
+
+@cache
+def wandb_text(name: str) -> str:
+    """What the command prints."""
+    command_line = [sys.executable, "-m", "launch.wandb_sweep", name]
+    return subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def wandb_config(name: str) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load(SWEEPS[name].read_text(encoding="utf-8"))
+    config: dict[str, Any] = yaml.safe_load(wandb_text(name))
     return config
 
 
@@ -78,14 +86,30 @@ def hydra_sweep(run_config: Callable[..., Any], name: str) -> Any:
 # ---- W&B ----------------------------------------------------------------------------------------------------
 
 
+WANDBS_SWEEPS = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from sweeps.config.schema import sweep_config_jsonschema
+from sweeps.grid_search import grid_search_next_runs
+
+points = {}
+for name, config in json.load(sys.stdin).items():
+    runs = [run for run in grid_search_next_runs([], config, n=1000) if run is not None]
+    points[name] = [{key: value["value"] for key, value in run.config.items()} for run in runs]
+print(json.dumps({"schema": sweep_config_jsonschema, "points": points}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wandbs_sweeps() -> dict[str, Any]:
+    """The schema of W&B's package `sweeps`, and the points that its grid search draws of each sweep."""
+    found: dict[str, Any] = json.loads(run_isolated(WANDBS_SWEEPS, json.dumps({n: wandb_config(n) for n in NUM_RUNS})))
+    return found
+
+
 @by_name
-def test_wandbs_own_schema_takes_each_sweep(name: str) -> None:
-    found = importlib.util.find_spec("sweeps")
-    if found is None or found.origin is None:
-        pytest.skip("W&B's package `sweeps` is not installed: its schema is not here")
-    # The file alone: importing the package would need SciPy.
-    schema = json.loads((Path(found.origin).parent / "config" / "schema.json").read_text(encoding="utf-8"))
-    validator = jsonschema.Draft7Validator(schema)
+def test_wandbs_own_schema_takes_each_sweep(name: str, wandbs_sweeps: dict[str, Any]) -> None:
+    validator = jsonschema.Draft7Validator(wandbs_sweeps["schema"])
     assert [error.message for error in validator.iter_errors(wandb_config(name))] == []
     wrongs: list[dict[str, Any]] = [
         {"method": "all"},
@@ -96,13 +120,21 @@ def test_wandbs_own_schema_takes_each_sweep(name: str) -> None:
         assert list(validator.iter_errors(wandb_config(name) | wrong)), wrong
 
 
+def test_wandb_reads_what_is_piped_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(wandb_text("study"), encoding="utf-8")
+    assert load_sweep_config(str(path)) == wandb_config("study")
+
+
+def test_a_sweep_that_does_not_exist_is_refused_by_name() -> None:
+    command_line = [sys.executable, "-m", "launch.wandb_sweep", "six_variant"]
+    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "'six_variant'" in done.stderr and "six_variants" in done.stderr
+
+
 @by_name
-def test_wandb_draws_the_points_that_are_counted_here(name: str) -> None:
-    reason = "W&B's package `sweeps` is not installed, or not with SciPy"
-    sweeps = pytest.importorskip("sweeps.grid_search", reason=reason, exc_type=ImportError)
-    drawn = sweeps.grid_search_next_runs([], wandb_config(name), n=1000)
-    points = [{key: value["value"] for key, value in run.config.items()} for run in drawn if run is not None]
-    assert sorted(sorted(map(str, point.items())) for point in points) == sorted(
+def test_wandb_draws_the_points_that_are_counted_here(name: str, wandbs_sweeps: dict[str, Any]) -> None:
+    assert sorted(sorted(map(str, point.items())) for point in wandbs_sweeps["points"][name]) == sorted(
         sorted(map(str, point.items())) for point in grid(name)
     )
 
@@ -193,7 +225,7 @@ def test_a_run_that_an_agent_starts_belongs_to_its_sweep(
 
 
 def test_the_metric_of_the_sweeps_is_logged_at_every_scale(run_config: Callable[..., Any]) -> None:
-    wanted = {wandb_config(name)["metric"]["name"] for name in SWEEPS}
+    wanted = {wandb_config(name)["metric"]["name"] for name in NUM_RUNS}
     for scale in sorted(path.stem for path in (conf_dir() / "scale").glob("*.yaml")):
         cfg = to_run_config(run_config(f"scale={scale}"))
         n = cfg.evaluation.samples_per_problem
@@ -205,8 +237,8 @@ def test_the_metric_of_the_sweeps_is_logged_at_every_scale(run_config: Callable[
 # ---- Hydra --------------------------------------------------------------------------------------------------
 
 
-def test_each_sweep_is_there_for_both() -> None:
-    assert {path.stem for path in (conf_dir() / "sweep").glob("*.yaml")} == set(SWEEPS) == set(NUM_RUNS)
+def test_each_sweep_is_tried_here() -> None:
+    assert {path.stem for path in (conf_dir() / "sweep").glob("*.yaml")} == set(NUM_RUNS)
 
 
 @by_name

@@ -7,7 +7,7 @@ import pytest
 from opd_ray.config.schema import RunConfig
 from opd_ray.data.packing import plan_microbatches
 from opd_ray.learner.spec import LearnerSpec, dumped_places, rank_batches
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.types import SampleInfo
 
 
@@ -74,8 +74,9 @@ def test_at_most_the_whole_step_is_dumped(num_trajectories: int, num_dumped: int
     assert dumped_places(num_trajectories, num_dumped) == places
 
 
-def test_a_rank_has_no_folder_to_dump_to_unless_the_config_asks_for_it() -> None:
+def test_nothing_is_dumped_unless_the_config_asks_for_it_and_there_is_a_folder() -> None:
     cfg = RunConfig()
-    assert LearnerSpec.of(cfg, 0, "m", 1, "folder").dump_folder == ""
-    cfg.telemetry.dump_trajectories = 1
-    assert LearnerSpec.of(cfg, 0, "m", 1, "folder").dump_folder == "folder"
+    assert LearnerSpec(cfg, 0, "m", 1, "folder").num_dumped == 0
+    cfg.telemetry.dump_trajectories = 2
+    assert LearnerSpec(cfg, 0, "m", 1, "folder").num_dumped == 2
+    assert LearnerSpec(cfg, 0, "m", 1).num_dumped == 0

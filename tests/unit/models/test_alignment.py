@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from opd_ray.models.loading import hidden_states, load_causal_lm, pad_rows
-from opd_ray.teacher.worker import TeacherSpec, TeacherWorker
-from opd_ray.models.tokenization import load_tokenizer, newline_token_mask, tokenizer_fingerprint
 from opd_ray.config.choices import Dtype, LogprobDtype, Template
+from opd_ray.config.schema import RunConfig
+from opd_ray.models.loading import hidden_states, load_causal_lm, pad_rows
+from opd_ray.models.tokenization import load_tokenizer, newline_token_mask, tokenizer_fingerprint
+from opd_ray.teacher.worker import TeacherSpec, TeacherWorker
+from opd_ray.tiny.paths import teacher_path
 from opd_ray.trajectory.codec import decode, encode_rollouts
 from opd_ray.trajectory.rows import RolloutRow, scored_rows
 from opd_ray.trajectory.schema import BatchSpec
-from opd_ray.tiny.paths import teacher_path
 from opd_ray.types import BatchReceipt, Prompt
 
 PATH = str(teacher_path())
@@ -68,10 +69,10 @@ def test_scores_equal_a_plain_forward_pass(template: Template, max_batch_tokens:
     """Also where the teacher's prompt is longer than the student's: positions are aligned on the response."""
     tokenizer = load_tokenizer(PATH)
     fingerprint = tokenizer_fingerprint(tokenizer)
-    spec = TeacherSpec(
-        "t", PATH, Dtype.float32, template, 5, LogprobDtype.float32, max_batch_tokens, 44, fingerprint, 1
-    )
-    worker = TeacherWorker(spec)
+    cfg = RunConfig()
+    cfg.teacher.template, cfg.teacher.top_k, cfg.teacher.max_batch_tokens = template, 5, max_batch_tokens
+    cfg.replay.logprob_dtype = LogprobDtype.float32
+    worker = TeacherWorker(TeacherSpec(cfg, "t", PATH, 44, fingerprint, 1))
     problems = [
         Prompt(id="a", problem="3+4=", solution="3+4=7\n#7"),
         Prompt(id="b", problem="9-2+1=", solution="9-2=7"),

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from opd_ray.models.prefix_tree import FAMILIES, enable_prefix_trees, prefix_tree, takes_prefix_trees
-from opd_ray.models.loading import PaddedRows, hidden_states, load_causal_lm, pad_rows
-from opd_ray.teacher.transformers_backend import TeacherModel
 from opd_ray.config.choices import Dtype
+from opd_ray.models.loading import PaddedRows, hidden_states, load_causal_lm, pad_rows
+from opd_ray.models.prefix_tree import FAMILIES, enable_prefix_trees, prefix_tree, takes_prefix_trees
+from opd_ray.teacher.transformers_backend import TeacherModel
 from opd_ray.tiny.paths import teacher_path
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 
-from opd_ray.models.weights import WeightBucket, check_same, combined_checksum, pack_buckets, unpack_bucket
 from opd_ray.errors import WeightSyncError
+from opd_ray.models.weights import WeightBucket, check_same, combined_checksum, pack_buckets, unpack_bucket
 
 
 def tensors() -> list[tuple[tuple[str, ...], torch.Tensor]]:

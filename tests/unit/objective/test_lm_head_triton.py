@@ -1,16 +1,14 @@
-"""The Triton kernels, run by Triton's interpreter on the CPU in their own process, against the torch path."""
+"""The Triton kernels, run by Triton's interpreter on the CPU in a process that has Triton, against the torch path."""
 
 import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import opd_ray.objective as objective
 from opd_ray.objective import support_logits, token_logprobs
+from tests.unit.isolated import run_isolated
 
 INTERPRETED = """
 import torch
@@ -39,6 +37,7 @@ COMPILED = """
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from opd_ray import objective
 from opd_ray.objective import lm_head_triton
 
 names = {
@@ -53,36 +52,21 @@ for kernel, (first, head, ids, out) in names.items():
     built = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert ".visible .entry" in built.asm["ptx"]
 print("compiled")
+try:
+    objective.support_logits(torch.zeros(2, 4), torch.zeros(300, 4), torch.zeros(2, 3).long(), kernel="triton")
+except ValueError as error:
+    print(error)
 """
 
 
-def run_python(program: str, tmp_path: Path, **environment: str) -> str:
-    pytest.importorskip("triton", reason="triton does not import here")
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ
-        | {"PYTHONPATH": str(Path(objective.__file__).parents[2]), "TRITON_CACHE_DIR": str(tmp_path)}
-        | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 def test_the_kernels_agree_with_the_torch_path(tmp_path: Path) -> None:
-    assert run_python(INTERPRETED, tmp_path, TRITON_INTERPRET="1") == "agreed"
+    assert run_isolated(INTERPRETED, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="1") == "agreed"
 
 
-def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
-    assert run_python(COMPILED, tmp_path) == "compiled"
-
-
-def test_tensors_on_the_cpu_are_refused() -> None:
-    pytest.importorskip("triton", reason="triton does not import here")
-    with pytest.raises(ValueError, match="use kernel 'torch'"):
-        support_logits(torch.zeros(2, 4), torch.zeros(300, 4), torch.zeros(2, 3, dtype=torch.long), kernel="triton")
+def test_the_kernels_compile_for_a_gpu_that_is_not_here_and_refuse_tensors_on_the_cpu(tmp_path: Path) -> None:
+    compiled, refusal = run_isolated(COMPILED, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    assert compiled == "compiled"
+    assert refusal.endswith("use kernel 'torch' there")
 
 
 def test_without_triton_the_error_names_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

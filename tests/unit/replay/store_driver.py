@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
-from opd_ray.replay.cohort import SampledBatch
-from opd_ray.replay.store import NOT_YET, ReplayStore
+from opd_ray.errors import PayloadLostError, SnapshotError
+from opd_ray.replay.payload_io import PayloadFile, read_payload, write_payload
+from opd_ray.replay.staleness import StoreConfig
+from opd_ray.replay.store import ReplayStore
 from opd_ray.types import BatchReceipt, TrajectoryReceipt
 
 Result = TypeVar("Result")
+LOST = b"lost"
 
 
 class Payload:
@@ -42,20 +46,47 @@ def receipt(slots: tuple[int, ...] | list[int], versions: dict[int, int] | int =
     )
 
 
-class WaitingStore(ReplayStore):
-    """The store with its two calls that wait, which look again at each turn of the event loop."""
+class MemoryPayloads:
+    """A `PayloadIO` for payloads that have `data`; those that are `LOST` are gone with a node.
 
-    async def acquire_slots(self, num_slots: int) -> tuple[int, ...]:
-        await self.relieve()
-        while not (slots := self.acquire_now(num_slots)):
-            await asyncio.sleep(0)
-            await self.relieve()
-        return slots
+    `pause` is awaited before each payload is written; `make` makes a payload of bytes.
+    """
 
-    async def sample(self, num_trajectories: int, learner_version: int) -> SampledBatch | None:
-        while (batch := self.sample_now(num_trajectories, learner_version)) is NOT_YET:
-            await asyncio.sleep(0)
-        return batch
+    def __init__(
+        self,
+        make: Callable[[bytes], Any] = Payload,
+        pause: Callable[[Any], Awaitable[None]] = lambda payload: asyncio.sleep(0),
+    ) -> None:
+        self._make = make
+        self._pause = pause
+
+    async def write(self, refs: Sequence[Any], paths: Sequence[Path]) -> list[str | None]:
+        checksums = []
+        for ref, path in zip(refs, paths, strict=True):
+            await self._pause(ref)
+            checksums.append(None if ref.data == LOST else write_payload(ref.data, path))
+        return checksums
+
+    async def read(self, files: Sequence[PayloadFile]) -> list[Any]:
+        await asyncio.sleep(0)
+        try:
+            return self.read_later(files)
+        except PayloadLostError as error:
+            raise SnapshotError(str(error)) from error
+
+    def read_later(self, files: Sequence[PayloadFile]) -> list[Any]:
+        return [self._make(bytes(read_payload(file))) for file in files]
+
+
+def make_store(config: StoreConfig, io: MemoryPayloads | None = None, **options: Any) -> ReplayStore:
+    """A store whose payloads are in this process."""
+    return ReplayStore(config, io or MemoryPayloads(), **options)
+
+
+async def snapshot(store: ReplayStore, folder: Path) -> None:
+    """Write the store of this instant into a new folder."""
+    folder.mkdir(parents=True)
+    await store.write(store.freeze(), folder)
 
 
 class WaitsError(Exception):
@@ -65,7 +96,7 @@ class WaitsError(Exception):
 async def at_once(call: Coroutine[Any, Any, Result], is_busy: Callable[[], bool] = lambda: False) -> Result:
     """The call's result; raises `WaitsError`, and cancels it, if it has none yet though nothing is busy."""
     task = asyncio.ensure_future(call)
-    for _ in range(3):
+    for _ in range(5):
         await asyncio.sleep(0)
     while not task.done() and is_busy():
         await asyncio.sleep(0.0002)

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from opd_ray.config.choices import ReplayOrder, StalePolicy
-from opd_ray.replay.journal import SlotJournal
 from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig
-from tests.unit.replay.store_driver import Payload, WaitingStore, WaitsError, at_once, receipt
+from opd_ray.replay.store import ReplayStore
+from tests.unit.replay.store_driver import MemoryPayloads, Payload, WaitsError, at_once, make_store, receipt, snapshot
 
 MODES = [(StalePolicy.wait, ReplayOrder.fifo), (StalePolicy.wait, ReplayOrder.fifo)] + [
     (stale, order) for stale in (StalePolicy.drop, StalePolicy.gate) for order in ReplayOrder
@@ -35,12 +35,7 @@ class Shot:
     """What a snapshot holds: stored slots with their visits that were released, and what had become of all others."""
 
     folder: Path | None = None
-    num_given: int = 0
-    in_flight: frozenset[int] = frozenset()
     stored: tuple[tuple[int, int], ...] = ()
-    data_of: tuple[tuple[int, bytes], ...] = ()
-    fate: tuple[tuple[int, str], ...] = ()
-    published: int = 0
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -91,7 +86,6 @@ class StoreMachine(RuleBasedStateMachine):
         )
         self.memory = memory
         self.store = self.new_store()
-        self.journal = SlotJournal()
         self.shot = Shot()
         self.learner = 0  # completed steps
         self.published = 0
@@ -107,11 +101,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.payloads: weakref.WeakSet[Payload] = weakref.WeakSet()
         self.data_of: dict[int, bytes] = {}
         self.fate: dict[int, str] = {}  # of slots that ended
-        self.came_back = False  # a row that had been evicted
 
-    def new_store(self) -> WaitingStore:
-        self.spill = None if self.memory is None else SpillSpace(self.memory, lambda payload: payload.data, self.put)
-        return WaitingStore(self.config, spill=self.spill)
+    def new_store(self) -> ReplayStore:
+        folder = Path(self.temporary.name) / "spill"
+        self.spill = None if self.memory is None else SpillSpace(self.memory, folder)
+        return make_store(self.config, MemoryPayloads(self.put), spill=self.spill)
 
     def put(self, data: Any) -> Payload:
         payload = Payload(bytes(data))
@@ -124,22 +118,20 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 6))
     def acquire(self, count: int) -> None:
         try:
-            slots = self.call(self.store.acquire_slots(count))
+            slots = self.call(self.store.acquire(count))
         except WaitsError:
-            acquirable = self.store.state()["acquirable"]
+            acquirable = self.store.counts()["acquirable"]
             assert acquirable == 0 or (self.config.max_bytes and acquirable < count)
             return
-        self.journal.acquired(slots)
         assert 1 <= len(slots) <= count
         assert self.fate.keys().isdisjoint(slots), "a slot was given out twice"
         self.acquired_at |= dict.fromkeys(slots, self.published)
         self.in_flight += slots
         prompt_ids = [f"p{slot}" for slot in slots[1:]]
         self.store.assign(slots[1:], prompt_ids)
-        self.journal.assigned(slots[1:], prompt_ids)
         queued = len(self.in_flight) + len(self.ready())
         assert queued <= (self.config.max_staleness + 1) * self.config.trajectories_per_step
-        expected_bytes = self.store.state()["payload_bytes"] + 100 * len(self.in_flight)
+        expected_bytes = self.store.counts()["payload_bytes"] + 100 * len(self.in_flight)
         is_exception = len(self.ready()) == len(self.stored) and queued <= self.config.trajectories_per_step
         assert not self.config.max_bytes or expected_bytes <= self.config.max_bytes or is_exception
         assert self.memory is None or self.unpinned_bytes() <= self.memory
@@ -162,7 +154,6 @@ class StoreMachine(RuleBasedStateMachine):
 
     def take_in(self, slots: list[int]) -> None:
         self.append_to_store(slots)
-        self.journal.landed(slots)
         for slot in slots:
             self.in_flight.remove(slot)
             self.stored.add(slot)
@@ -171,7 +162,7 @@ class StoreMachine(RuleBasedStateMachine):
     def append_to_store(self, slots: list[int]) -> None:
         # A token's version is the one published when its slot was acquired, the oldest that the proof allows.
         payload = self.put(json.dumps(slots).encode())
-        self.store.append(receipt(slots, {slot: self.acquired_at[slot] for slot in slots}), [payload])
+        self.store.append(receipt(slots, {slot: self.acquired_at[slot] for slot in slots}), payload)
         self.data_of |= dict.fromkeys(slots, payload.data)
 
     @precondition(lambda self: self.in_flight)
@@ -179,7 +170,6 @@ class StoreMachine(RuleBasedStateMachine):
     def fail(self, data: st.DataObject) -> None:
         slots = self.pick(data, self.in_flight)
         self.store.fail(slots, "test")
-        self.journal.failed(slots, "test")
         self.fate |= dict.fromkeys(slots, "failed/test")
         self.in_flight = [slot for slot in self.in_flight if slot not in slots]
 
@@ -192,11 +182,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.stored)
     @rule(data=st.data())
-    def lose(self, data: st.DataObject) -> None:
+    def drop_lost(self, data: st.DataObject) -> None:
         """The payloads of some slots are gone with a node; whoever says so may name slots that are not here."""
         slots = self.pick(data, sorted(self.stored))
         lost = {self.data_of[slot] for slot in slots}
-        self.store.lose([*slots, *self.fate, 10**6])
+        self.store.drop_lost([*slots, *self.fate, 10**6])
         self.drop([slot for slot in self.stored if self.data_of[slot] in lost], "evicted/payload_lost")
 
     def drop(self, slots: list[int], fate: str) -> None:
@@ -223,32 +213,22 @@ class StoreMachine(RuleBasedStateMachine):
         """A snapshot of the store, and what it must hold."""
         self.num_shots += 1
         folder = Path(self.temporary.name) / str(self.num_shots)
-        num_given = self.loop.run_until_complete(self.store.snapshot(folder, lambda payload: payload.data))
+        self.loop.run_until_complete(snapshot(self.store, folder))
         num_out = Counter(slot for slots, _ in self.out for slot in slots)
-        return Shot(
-            folder,
-            num_given,
-            frozenset(self.in_flight),
-            tuple((slot, self.visits[slot] - num_out[slot]) for slot in sorted(self.stored)),
-            tuple(self.data_of.items()),
-            tuple(self.fate.items()),
-            self.published,
-        )
+        return Shot(folder, tuple((slot, self.visits[slot] - num_out[slot]) for slot in sorted(self.stored)))
 
     @rule()
     def crash_and_restore(self) -> None:
         """The learner goes on from what was published; what it had out is visited again."""
-        state, lengths = self.store.state(), self.store.lengths()
+        state, lengths = self.store.counts(), self.store.lengths()
         self.shot = self.shoot()
         assert self.shot.folder is not None
         self.store = self.new_store()
-        num_given = self.loop.run_until_complete(self.store.restore(self.shot.folder, self.put))
-        assert num_given == self.shot.num_given
+        self.loop.run_until_complete(self.store.restore(self.shot.folder))
         assert list(self.store.pending()) == sorted(self.in_flight)
         assert self.store.lengths() == lengths
-        self.journal = SlotJournal(num_given, self.store.pending())
         if not self.out:
-            assert self.store.state() | {"memory_bytes": 0} == state | {"memory_bytes": 0}
+            assert self.store.counts() | {"memory_bytes": 0} == state | {"memory_bytes": 0}
         for slots, _ in self.out:
             self.all_visits.subtract(slots)
         self.visits |= dict(self.shot.stored)
@@ -274,7 +254,6 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.waiting_is_right(), "the learner waits for nothing"
             return False
         assert batch is not None
-        self.journal.sampled(batch.slots)
         assert list(batch.slots) == sorted(batch.slots)
         assert 1 <= len(batch.slots) <= size
         for info, (ref_index, _) in zip(batch.infos, batch.rows, strict=True):
@@ -299,7 +278,7 @@ class StoreMachine(RuleBasedStateMachine):
     def sweep(self) -> None:
         """What the store is to drop before it forms a cohort."""
         stale = {slot for slot in self.ready() if self.learner - self.acquired_at[slot] > self.config.sweep_bound}
-        assert not stale or self.config.overtakes or self.came_back, "the proof says that nothing gets too old"
+        assert not stale or self.config.overtakes, "the proof says that nothing gets too old"
         self.stored -= stale
         self.fate |= dict.fromkeys(stale, "evicted/stale")
 
@@ -320,20 +299,15 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.out)
     @rule()
     def release(self) -> None:
-        self.journal.released(self.step())
-
-    def step(self) -> tuple[int, ...]:
-        """The learner is done with the batch that it has longest, and releases it."""
+        """The learner is done with the batch that it has longest."""
         slots, is_last = self.out.pop(0)
         self.published += 1
-        self.journal.stepped(slots, is_last)
         self.store.release(slots, self.published)
         if is_last:
             done = self.stored.intersection(slots)
             self.completed.update(slots)
             self.fate |= dict.fromkeys(done, "trained")
             self.stored -= done
-        return slots
 
     def everything_pending_completes(self) -> None:
         """From any state the learner gets its next batch: no deadlock."""
@@ -362,7 +336,7 @@ class StoreMachine(RuleBasedStateMachine):
         needed = {self.data_of[slot] for slot in self.stored}
         gc.collect(0)
         assert {payload.data for payload in self.payloads} <= needed, "a payload was not let go"
-        state = self.store.state()
+        state = self.store.counts()
         assert state["payloads"] == len(needed)
         assert state["payload_bytes"] == sum(size_of(data) for data in needed)
         assert state["memory_bytes"] == sum(size_of(payload.data) for payload in self.payloads)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from opd_ray.replay.admission import Load, PayloadSize, num_in_budget
 from opd_ray.replay.staleness import StoreConfig
-from tests.unit.replay.store_driver import WaitingStore, WaitsError, at_once, receipt
+from tests.unit.replay.store_driver import WaitsError, at_once, make_store, receipt
 
 SEEN = PayloadSize(window=100, mean_bytes=10.0, num_seen=5)
 
@@ -76,35 +76,35 @@ def test_the_budget_holds_apart_from_the_next_cohort(
 def test_when_the_learner_lags_generation_waits_for_bytes() -> None:
     async def scenario() -> None:
         # Payloads have 100 bytes a trajectory.
-        store = WaitingStore(StoreConfig(2, max_staleness=9, max_bytes=450))
-        assert await at_once(store.acquire_slots(2)) == (0, 1)
+        store = make_store(StoreConfig(2, max_staleness=9, max_bytes=450))
+        assert await at_once(store.acquire(2)) == (0, 1)
         with pytest.raises(WaitsError):  # nothing is known yet
-            await at_once(store.acquire_slots(2))
-        store.append(receipt([0, 1]), ["a"])
-        assert await at_once(store.acquire_slots(2)) == (2, 3)
-        store.append(receipt([2, 3]), ["b"])
-        waiting = asyncio.ensure_future(store.acquire_slots(2))
+            await at_once(store.acquire(2))
+        store.append(receipt([0, 1]), "a")
+        assert await at_once(store.acquire(2)) == (2, 3)
+        store.append(receipt([2, 3]), "b")
+        waiting = asyncio.ensure_future(store.acquire(2))
         batch = await at_once(store.sample(2, 0))
         assert batch is not None
         assert not waiting.done()  # what is in training still takes its place
         store.release(batch.slots, 1)
         assert await waiting == (4, 5)
-        assert store.state()["payload_bytes"] == 200
+        assert store.counts()["payload_bytes"] == 200
 
     asyncio.run(scenario())
 
 
 def test_a_budget_below_one_cohort_is_lock_step() -> None:
     async def scenario() -> None:
-        store = WaitingStore(StoreConfig(2, max_staleness=9, max_bytes=1))
+        store = make_store(StoreConfig(2, max_staleness=9, max_bytes=1))
         for version in range(4):
-            slots = await at_once(store.acquire_slots(9))
+            slots = await at_once(store.acquire(9))
             assert len(slots) == 2
-            store.append(receipt(slots, version), ["a"])
+            store.append(receipt(slots, version), "a")
             batch = await at_once(store.sample(2, version))
             assert batch is not None and batch.infos[0].staleness == 0
             with pytest.raises(WaitsError):
-                await at_once(store.acquire_slots(1))
+                await at_once(store.acquire(1))
             store.release(batch.slots, version + 1)
 
     asyncio.run(scenario())

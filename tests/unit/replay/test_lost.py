@@ -4,44 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
-from opd_ray.errors import PayloadLostError
-from opd_ray.replay.cohort import SampledBatch
+from opd_ray.replay.batch import SampledBatch
 from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig
+from opd_ray.replay.store import ReplayStore
 from opd_ray.types import SampleInfo
-from tests.unit.replay.store_driver import Payload, WaitingStore, at_once, receipt
-
-LOST = b"lost"
+from tests.unit.replay.store_driver import LOST, Payload, at_once, make_store, receipt, snapshot
 
 
-async def fetch(payload: Payload) -> bytes:
-    await asyncio.sleep(0)
-    if payload.data == LOST:
-        raise PayloadLostError("a payload is gone with a node: have it made again")
-    return payload.data
-
-
-def payload_of(data: Any) -> Payload:
-    return Payload(bytes(data))
-
-
-async def filled(config: StoreConfig, payloads: list[bytes], spill: SpillSpace | None = None) -> WaitingStore:
+async def filled(config: StoreConfig, payloads: list[bytes], spill: SpillSpace | None = None) -> ReplayStore:
     """A store with two trajectories in each payload."""
-    store = WaitingStore(config, spill=spill)
+    store = make_store(config, spill=spill)
     for data in payloads:
-        slots = await at_once(store.acquire_slots(2))
-        store.append(receipt(slots), [Payload(data)])
+        slots = await store.acquire(2)
+        store.append(receipt(slots), Payload(data))
     return store
 
 
 def test_a_lost_payload_takes_all_its_trajectories_and_nothing_else() -> None:
     async def scenario() -> None:
         store = await filled(StoreConfig(2, 1, 2), [b"a", b"b", b"c"])
-        store.lose([3, 99])
+        store.drop_lost([3, 99])
         assert store.ledger() | {"evicted/payload_lost": 2, "in_store": 4, "started": 6} == store.ledger()
-        assert store.state()["acquirable"] == 2, "admission makes up for it"
+        assert store.counts()["acquirable"] == 2, "admission makes up for it"
         batch = await at_once(store.sample(2, 0))
         assert batch is not None and batch.slots == (0, 1)
 
@@ -52,12 +38,12 @@ def test_a_cohort_goes_on_with_what_is_left_and_ends_when_nothing_is() -> None:
     async def scenario() -> None:
         store = await filled(StoreConfig(4, 2, 2), [b"a", b"b", b"c", b"d"])
         first = await at_once(store.sample(4, 0))
-        store.lose([0])
+        store.drop_lost([0])
         assert first is not None
         store.release(first.slots, 1)
         second = await at_once(store.sample(4, 1))
         assert second is not None and second.slots == (2, 3)
-        store.lose([2])
+        store.drop_lost([2])
         store.release(second.slots, 1)  # no step was made
         third = await at_once(store.sample(4, 1))
         assert third is not None and third.slots == (4, 5, 6, 7)
@@ -71,10 +57,10 @@ def test_a_snapshot_is_of_the_store_without_what_is_lost(tmp_path: Path) -> None
     async def scenario() -> None:
         config = StoreConfig(2, 2, 4)
         store = await filled(config, [b"a", LOST, b"c"])
-        await store.snapshot(tmp_path / "shot", fetch)
+        await snapshot(store, tmp_path / "shot")
         assert store.ledger()["evicted/payload_lost"] == 2
-        restored = WaitingStore(config)
-        await restored.restore(tmp_path / "shot", payload_of)
+        restored = make_store(config)
+        await restored.restore(tmp_path / "shot")
         assert restored.ledger() == store.ledger()
         slots = []
         for version in (0, 2):
@@ -90,14 +76,36 @@ def test_a_snapshot_is_of_the_store_without_what_is_lost(tmp_path: Path) -> None
     asyncio.run(scenario())
 
 
-def test_what_is_lost_is_not_spilled_and_the_rest_is(tmp_path: Path) -> None:
+def test_an_image_without_its_lost_payloads_leaves_a_later_store_in_order(tmp_path: Path) -> None:
+    """The store has trained on something else by the time the loss is found."""
+
     async def scenario() -> None:
-        spill = SpillSpace(250, fetch, payload_of, tmp_path)
-        store = await filled(StoreConfig(2, 1, 9), [b"a", LOST], spill)
-        store.append(receipt(await store.acquire_slots(2)), [Payload(b"c")])
-        await store.acquire_slots(2)
-        assert store.state()["payloads"] == 3
-        assert store.state()["memory_bytes"] == 200
+        config = StoreConfig(2, 1, 4)
+        store = await filled(config, [b"a", LOST, b"c", LOST])
+        image = store.freeze()
+        batch = await at_once(store.sample(2, 0))
+        assert batch is not None
+        store.release(batch.slots, 1)
+        store.drop_lost([2])
+        (tmp_path / "shot").mkdir()
+        await store.write(image, tmp_path / "shot")
+        assert store.ledger() | {"trained": 2, "evicted/payload_lost": 4, "in_store": 2} == store.ledger()
+        restored = make_store(config)
+        await restored.restore(tmp_path / "shot")
+        assert restored.ledger() | {"trained": 0, "evicted/payload_lost": 4, "in_store": 4} == restored.ledger()
+        assert len([*(tmp_path / "shot").glob("*.arrows")]) == 2
+
+    asyncio.run(scenario())
+
+
+def test_what_is_lost_is_evicted_by_spilling_and_the_rest_is_spilled(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = await filled(StoreConfig(2, 1, 9), [b"a", LOST], SpillSpace(250, tmp_path))
+        store.append(receipt(await store.acquire(2)), Payload(b"c"))
+        await store.acquire(2)
+        assert store.counts()["payloads"] == 2
+        assert store.counts()["memory_bytes"] == 200
+        assert store.ledger()["evicted/payload_lost"] == 2
 
     asyncio.run(scenario())
 

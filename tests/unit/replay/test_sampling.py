@@ -13,22 +13,22 @@ from hypothesis import strategies as st
 
 from opd_ray.config.choices import ReplayOrder, StalePolicy
 from opd_ray.errors import ConfigError, StaleBatchError
-from opd_ray.replay.cohort import StoredTrajectory
-from opd_ray.replay.queue import SlotQueue
-from opd_ray.replay.sampling import next_cohort, sampling_key
+from opd_ray.replay.batch import StoredTrajectory
+from opd_ray.replay.sampling import next_batch, sampling_key
 from opd_ray.replay.staleness import StoreConfig
-from tests.unit.replay.store_driver import WaitingStore, WaitsError, at_once, receipt
+from opd_ray.replay.trajectories import Queue
+from tests.unit.replay.store_driver import WaitsError, at_once, make_store, receipt
 
 FIFO, FRESHEST, WEIGHTED = ReplayOrder.fifo, ReplayOrder.freshest, ReplayOrder.weighted
 WAIT, DROP, GATE = StalePolicy.wait, StalePolicy.drop, StalePolicy.gate
 
 
-def queue_of(versions: dict[int, int], num_given: int) -> SlotQueue:
+def queue_of(versions: dict[int, int], num_given: int) -> Queue:
     """`num_given` slots were given out; those in `versions` are ready, in that order of arrival."""
-    queue = SlotQueue()
+    queue = Queue()
     queue.give(num_given)
     for trajectory in receipt(list(versions), versions).trajectories:
-        queue.land(StoredTrajectory(trajectory, payload_id=0, appended_s=0.0))
+        queue.complete(StoredTrajectory(trajectory, payload_id=0, appended_s=0.0))
     return queue
 
 
@@ -49,16 +49,16 @@ def config_of(size: int, order: ReplayOrder, stale: StalePolicy = DROP, **option
 def test_the_order_decides_among_the_ready(order: ReplayOrder, stale: StalePolicy, expected: list[int]) -> None:
     queue = queue_of({5: 2, 3: 1, 1: 0, 4: 2}, num_given=6)
     config = config_of(2, order, stale, hard_staleness=9 if stale is GATE else 0)
-    assert next_cohort(queue, config, learner_version=3) == expected
+    assert next_batch(queue, config, learner_version=3) == expected
 
 
 def test_equally_fresh_ones_go_by_slot_number() -> None:
-    assert next_cohort(queue_of({5: 1, 3: 1, 1: 1, 4: 0}, 6), config_of(2, FRESHEST), 3) == [1, 3]
+    assert next_batch(queue_of({5: 1, 3: 1, 1: 1, 4: 0}, 6), config_of(2, FRESHEST), 3) == [1, 3]
 
 
 @pytest.mark.parametrize("order", [FIFO, FRESHEST, WEIGHTED])
 def test_fewer_ready_ones_than_a_cohort_are_waited_for(order: ReplayOrder) -> None:
-    assert next_cohort(queue_of({5: 2, 3: 1}, 6), config_of(3, order), 3) == []
+    assert next_batch(queue_of({5: 2, 3: 1}, 6), config_of(3, order), 3) == []
 
 
 @given(st.permutations(list(range(12))), st.sampled_from([FIFO, FRESHEST, WEIGHTED]), st.integers(0, 9))
@@ -67,14 +67,14 @@ def test_the_order_of_arrival_does_not_matter(arrival: list[int], order: ReplayO
     versions = {slot: slot // 3 for slot in range(12)}
     config = config_of(4, order, seed=seed)
     shuffled = {slot: versions[slot] for slot in arrival}
-    assert next_cohort(queue_of(shuffled, 12), config, 5) == next_cohort(queue_of(versions, 12), config, 5)
+    assert next_batch(queue_of(shuffled, 12), config, 5) == next_batch(queue_of(versions, 12), config, 5)
 
 
 def test_the_weighted_draw_falls_with_staleness_as_it_says() -> None:
     # One of three with staleness 0, 1 and 3: weights 1, 1/2 and 1/4.
     versions, draws = {0: 3, 1: 2, 2: 0}, 4000
     counts = Counter(
-        next_cohort(queue_of(versions, 3), config_of(1, WEIGHTED, seed=seed), 3)[0] for seed in range(draws)
+        next_batch(queue_of(versions, 3), config_of(1, WEIGHTED, seed=seed), 3)[0] for seed in range(draws)
     )
     for slot, weight in zip(range(3), (4 / 7, 2 / 7, 1 / 7), strict=True):
         deviation = math.sqrt(draws * weight * (1 - weight))
@@ -95,9 +95,9 @@ def test_every_cohort_is_a_new_draw_and_every_seed_another() -> None:
 
 async def first_visit(config: StoreConfig, token_version: int, learner_version: int) -> int | None:
     """Staleness at the first visit of one trajectory; None if it was dropped as stale."""
-    store = WaitingStore(config)
-    (slot,) = await at_once(store.acquire_slots(1))
-    store.append(receipt([slot], token_version), ["payload"])
+    store = make_store(config)
+    (slot,) = await at_once(store.acquire(1))
+    store.append(receipt([slot], token_version), "payload")
     try:
         batch = await at_once(store.sample(1, learner_version))
     except WaitsError:
@@ -132,34 +132,34 @@ def test_the_bound_of_the_first_visit(
 @pytest.mark.parametrize(("stale", "hard", "bound"), [(DROP, 0, 1), (GATE, 4, 4)])
 def test_each_further_visit_may_be_one_older_and_no_more(stale: StalePolicy, hard: int, bound: int) -> None:
     async def second_visit(version: int) -> int:
-        store = WaitingStore(StoreConfig(1, 2, 1, stale=stale, hard_staleness=hard))
-        await at_once(store.acquire_slots(1))
-        store.append(receipt([0]), ["payload"])
+        store = make_store(StoreConfig(1, 2, 1, stale=stale, hard_staleness=hard))
+        await at_once(store.acquire(1))
+        store.append(receipt([0]), "payload")
         assert await at_once(store.sample(1, bound)) is not None
         batch = await at_once(store.sample(1, version))
         assert batch is not None
         return batch.infos[0].staleness
 
     assert asyncio.run(second_visit(bound + 1)) == bound + 1
-    with pytest.raises(StaleBatchError, match=f"{bound + 2} steps old at visit 2, bound {bound + 1}"):
+    with pytest.raises(StaleBatchError, match=f"{bound + 2} steps old at use 2, bound {bound + 1}"):
         asyncio.run(second_visit(bound + 2))
 
 
 def test_a_slow_one_is_overtaken_and_then_dropped_or_kept() -> None:
     async def scenario(config: StoreConfig) -> tuple[list[tuple[int, ...]], int]:
-        store = WaitingStore(config)
-        assert await at_once(store.acquire_slots(4)) == (0, 1, 2, 3)
-        store.append(receipt([1, 2, 3]), ["a"])
+        store = make_store(config)
+        assert await at_once(store.acquire(4)) == (0, 1, 2, 3)
+        store.append(receipt([1, 2, 3]), "a")
         batches = []
         for version in range(3):
             batch = await at_once(store.sample(2, version))
             assert batch is not None
             batches.append(batch.slots)
             store.release(batch.slots, version + 1)
-            fresh = await at_once(store.acquire_slots(9))
-            store.append(receipt(fresh, version + 1), ["b"])
+            fresh = await at_once(store.acquire(9))
+            store.append(receipt(fresh, version + 1), "b")
             if version == 1:
-                store.append(receipt([0]), ["slow"])
+                store.append(receipt([0]), "slow")
         return batches, store.ledger().get("evicted/stale", 0)
 
     # Slot 0 of version 0 comes in when the learner is at version 2, one above the bound of 1.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_ray.config.schema import RunConfig
-from opd_ray.errors import CheckpointError, RunFolderError
+from opd_ray.errors import CheckpointError, RunFolderError, SnapshotError
 from opd_ray.run.checkpoint import INDEX, Checkpoints, latest_checkpoint
 from opd_ray.run.folder import RunFolder
 from opd_ray.run.resume import checkpoint_to_resume
+from opd_ray.storage.committed_folder import ended_in_thread
 from tests.unit.fake_actors import Run, World, config, train
 
 
@@ -112,13 +114,57 @@ def test_only_the_newest_checkpoints_stay_and_a_failed_one_leaves_nothing(tmp_pa
     }
     checkpoints = Checkpoints(tmp_path, 1, 2, {}, dict)
 
+    async def full_disk() -> None:
+        raise OSError(28, "No space left on device")
+
     async def fail() -> None:
-        async with checkpoints.draft(9):
-            raise OSError(28, "No space left on device")
+        checkpoints.commit(await checkpoints.begin(9), full_disk)
+        await checkpoints.settle()
 
     with pytest.raises(CheckpointError, match=r"step-000009 cannot be written \(No space left on device\): make room"):
         asyncio.run(fail())
     assert sorted(path.name for path in folders.iterdir()) == ["step-000006", "step-000008"]
+
+
+async def nothing_more() -> None:
+    """All of the checkpoint is written."""
+
+
+def test_a_checkpoint_that_failed_is_raised_with_the_next_step(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        checkpoints = Checkpoints(tmp_path, 1, 2, {}, dict)
+
+        async def lost() -> None:
+            raise SnapshotError("a payload cannot be written: make room")
+
+        checkpoints.commit(await checkpoints.begin(1), lost)
+        checkpoints.raise_failure()  # it is still being written
+        await asyncio.sleep(0.05)
+        with pytest.raises(SnapshotError, match="make room"):
+            checkpoints.raise_failure()
+        with pytest.raises(SnapshotError, match="make room"):
+            await checkpoints.begin(2)
+        await checkpoints.stop()
+        assert list((tmp_path / "checkpoints").iterdir()) == []
+
+    asyncio.run(scenario())
+
+
+def test_stopping_ends_what_is_being_written_and_leaves_the_older_one(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        checkpoints = Checkpoints(tmp_path, 1, 2, {}, dict)
+        checkpoints.commit(await checkpoints.begin(1), nothing_more)
+        await checkpoints.settle()
+
+        async def slow() -> None:
+            await asyncio.sleep(3600)
+
+        checkpoints.commit(await checkpoints.begin(2), slow)
+        await asyncio.sleep(0.01)
+        await checkpoints.stop()
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+    asyncio.run(scenario())
 
 
 def a_run(cfg: RunConfig, values: dict[str, Any], status: str = "interrupted", with_checkpoint: bool = True) -> Path:
@@ -127,8 +173,9 @@ def a_run(cfg: RunConfig, values: dict[str, Any], status: str = "interrupted", w
     if with_checkpoint:
 
         async def commit() -> None:
-            async with Checkpoints(folder.path, 1, 1, values, dict).draft(3):
-                pass
+            checkpoints = Checkpoints(folder.path, 1, 1, values, dict)
+            checkpoints.commit(await checkpoints.begin(3), nothing_more)
+            await checkpoints.settle()
 
         asyncio.run(commit())
     folder.mark(status)  # type: ignore[arg-type]
@@ -198,3 +245,42 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
     cfg.resume = str(folder)
     with pytest.raises(CheckpointError, match=r"step-000003"):
         checkpoint_to_resume(cfg, VALUES)
+
+
+@pytest.mark.parametrize("part", ["begin", "write", "commit"])
+def test_a_cancelled_checkpoint_leaves_nothing_behind(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing writes on where a resumed run's checkpoint has begun."""
+    may_continue = threading.Event()
+    plain: dict[str, Any] = {"begin": Path.mkdir, "commit": Path.rename}
+
+    def slow(self: Path, *args: Any, **options: Any) -> Any:
+        may_continue.wait()
+        return plain[part](self, *args, **options)
+
+    async def write() -> None:
+        if part == "write":
+            await ended_in_thread(may_continue.wait)
+
+    async def scenario() -> None:
+        if part in plain:
+            monkeypatch.setattr(Path, "mkdir" if part == "begin" else "rename", slow)
+        checkpoints = Checkpoints(tmp_path, 1, 2, {}, dict)
+
+        async def checkpoint() -> None:
+            checkpoints.commit(await checkpoints.begin(1), write)
+            await checkpoints.settle()
+
+        task = asyncio.create_task(checkpoint())
+        await asyncio.sleep(0.05)
+        task.cancel()
+        stopping = asyncio.create_task(checkpoints.stop())
+        await asyncio.sleep(0.05)
+        assert not (task.done() and stopping.done()), "it waits for its threads"
+        may_continue.set()
+        await asyncio.gather(task, stopping, return_exceptions=True)
+
+    asyncio.run(scenario())
+    left = [path.name for path in tmp_path.rglob("*") if path.is_dir() and path.name != "checkpoints"]
+    assert left == (["step-000001"] if part == "commit" else [])

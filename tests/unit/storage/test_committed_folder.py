@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from opd_ray.storage.committed_folder import committed_folder, committed_in_thread, ended_in_thread
+from opd_ray.storage.committed_folder import committed_folder, ended_in_thread
 
 
 def write(folder: Path, content: str) -> None:
@@ -125,28 +125,3 @@ def test_a_cancelled_writer_ends_after_its_thread() -> None:
 
     assert asyncio.run(run())
     assert ended == ["whole"]
-
-
-@pytest.mark.parametrize("part", ["begin", "write"])
-def test_a_cancelled_commit_leaves_nothing_behind(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    goes_on = threading.Event()
-    plain_mkdir = Path.mkdir
-
-    def slow_mkdir(self: Path, *args: Any, **options: Any) -> None:
-        goes_on.wait()
-        plain_mkdir(self, *args, **options)
-
-    async def commit() -> None:
-        async with committed_in_thread(tmp_path / "store") as temporary:
-            (temporary / "begun").touch()
-            await ended_in_thread(slow_mkdir, temporary / "part")
-
-    async def run() -> bool:
-        if part == "begin":
-            monkeypatch.setattr(Path, "mkdir", slow_mkdir)
-        task = asyncio.create_task(commit())
-        await asyncio.sleep(0.05)
-        return await cancelled_twice(task, goes_on)
-
-    assert asyncio.run(run())
-    assert list(tmp_path.iterdir()) == []

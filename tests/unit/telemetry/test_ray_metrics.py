@@ -95,7 +95,7 @@ def test_a_step_reaches_its_series(fake_ray: FakeRay) -> None:
             "pipeline/wait_share/rollout": 0.8,
             "time/publish_s": 0.035,
             "time/learner_forward_s": 0.25,
-            "faults/restarts/store": 0.0,
+            "faults/restarts/learner": 0.0,
             "evaluation/avg_at_8": 0.5,
         },
     )
@@ -108,7 +108,7 @@ def test_a_step_reaches_its_series(fake_ray: FakeRay) -> None:
     assert fake_ray.of("opd_wait_share") == {("rollout",): 0.8}
     assert fake_ray.of("opd_publish_seconds") == {(): 0.035}
     assert fake_ray.of("opd_learner_seconds") == {("forward",): 0.25}
-    assert fake_ray.of("opd_restarts") == {("store",): 0.0}
+    assert fake_ray.of("opd_restarts") == {("learner",): 0.0}
     assert fake_ray.of("opd_evaluation_avg_at_n") == {("8",): 0.5}
 
 
