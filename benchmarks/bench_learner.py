@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import machine, spread
-from opd_ray.config.choices import Dtype, GateKind, ObjectiveKind
+from opd_ray.config.choices import Dtype, GateKind
 from opd_ray.config.schema import (
     GateConfig,
     LearnerConfig,
@@ -44,12 +44,12 @@ from opd_ray.trajectory.schema import BatchSpec
 from opd_ray.types import BatchReceipt, Prompt, SampleInfo
 
 VARIANTS = {
-    "opd": (ObjectiveKind.opd, GateKind.off),
-    "opd_block64": (ObjectiveKind.opd, GateKind.block),
-    "opd_newline": (ObjectiveKind.opd, GateKind.newline),
-    "lsm": (ObjectiveKind.lsm, GateKind.off),
-    "lsm_block64": (ObjectiveKind.lsm, GateKind.block),
-    "lsm_newline": (ObjectiveKind.lsm, GateKind.newline),
+    "opd": ("opd", GateKind.off),
+    "opd_block64": ("opd", GateKind.block),
+    "opd_newline": ("opd", GateKind.newline),
+    "lsm": ("lsm", GateKind.off),
+    "lsm_block64": ("lsm", GateKind.block),
+    "lsm_newline": ("lsm", GateKind.newline),
 }
 PARTS = ("pack", "forward", "gate", "loss", "diagnostics", "backward", "optimizer")
 

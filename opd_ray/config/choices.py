@@ -5,20 +5,6 @@ from __future__ import annotations
 from enum import StrEnum
 
 
-class ObjectiveKind(StrEnum):
-    """The loss at a position.
-
-    `opd`: policy gradient on the sampled token. Over the K ids of the support: `lsm`, the renormalised reverse KL;
-    `forward_kl`, the teacher's top-K cross-entropy; `tail_kl`, KL over K + 1 bins; `jsd`, generalised Jensen-Shannon.
-    """
-
-    lsm = "lsm"
-    opd = "opd"
-    forward_kl = "forward_kl"
-    tail_kl = "tail_kl"
-    jsd = "jsd"
-
-
 class OnNewWeights(StrEnum):
     """What becomes of an engine's running requests when new weights arrive.
 
@@ -32,7 +18,7 @@ class OnNewWeights(StrEnum):
 
 
 class Support(StrEnum):
-    """Whose K most probable ids the loss looks at: the teacher's, or the sampling student's."""
+    """Whose K most probable ids the teacher scores: its own, or the sampling student's."""
 
     teacher_topk = "teacher_topk"
     student_topk = "student_topk"
@@ -125,15 +111,6 @@ class GateControl(StrEnum):
     none = "none"
     shuffle = "shuffle"
     noise = "noise"
-
-
-class DriftStatistic(StrEnum):
-    """How a segment's drift is reduced to one number."""
-
-    signed_mean = "signed_mean"
-    mean_abs = "mean_abs"
-    rms = "rms"
-    k3 = "k3"
 
 
 class GateNormalize(StrEnum):

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ray.config.choices import GateKind, HeadKernel, ObjectiveKind
+from opd_ray.config.choices import GateKind, HeadKernel
+from opd_ray.config.registry import Needs
 from opd_ray.errors import DivergedError, ModelError
 from opd_ray.learner.behavior_memory import Behavior, BehaviorMemory
 from opd_ray.learner.columns import learner_columns
@@ -24,7 +25,13 @@ from opd_ray.learner.deepspeed_engine import join_ranks, start_engine
 from opd_ray.learner.head_requests import HeadRequests
 from opd_ray.learner.learner_state import LearnerState
 from opd_ray.learner.losses import token_losses
-from opd_ray.learner.microbatch import Microbatch, make_microbatch, select_high_entropy, select_positions
+from opd_ray.learner.microbatch import (
+    Microbatch,
+    make_microbatch,
+    select_high_entropy,
+    select_positions,
+    select_support,
+)
 from opd_ray.learner.optimizer_shards import OptimizerShards
 from opd_ray.learner.policy_model import HeadRequest, HeadValues, PolicyModel
 from opd_ray.learner.spec import LearnerSpec, RankBatch
@@ -75,7 +82,7 @@ class Trainer:
         self._columns = learner_columns(cfg.objective, cfg.gate, probes=cfg.telemetry.probe_positions > 0)
         self._masks = TokenMasks(cfg.objective.mask_rules, self._tokenizer)
         self._memory = BehaviorMemory(cfg.gate.behavior_source, cfg.replay.reuse)
-        loss_has_ratio = cfg.objective.kind is ObjectiveKind.opd
+        loss_has_ratio = cfg.objective.needs is Needs.sampled_logprobs
         self._gate = StepGate(cfg.gate, newlines.to(self._device), seed=cfg.seed, loss_has_ratio=loss_has_ratio)
         self._requests = HeadRequests(cfg, self._gate, self._memory)
         self._watch = StepWatch(spec, self._tokenizer)
@@ -140,6 +147,7 @@ class Trainer:
             micro = make_microbatch(
                 rows, infos, members, pad_id=self._pad_id, device=self._device, with_tree=self.takes_trees
             )
+            micro = select_support(micro, self._cfg.teacher.support)
             micros.append(self._gate.segmented(select_positions(micro, self._cfg.objective, self._masks)))
         return micros
 

@@ -26,7 +26,7 @@ def batch_spec(cfg: RunConfig) -> BatchSpec:
         "",
         top_k=cfg.teacher.top_k,
         logprob_dtype=cfg.replay.logprob_dtype.name,
-        support=cfg.teacher.support.name,
+        support=cfg.teacher.scored.name,
         sampled_logprob_dtype=cfg.replay.sampled_logprob_dtype.name,
     )
 
@@ -108,7 +108,7 @@ def traffic(cfg: RunConfig, weight_bytes: float, gradient_bytes: float, engine_n
         full, half = (row_bytes(of, prompt / part, response / part) for part in (1, 2))
         return Hop(name, count * full, count * half, how)
 
-    columns = "student's top-K ids too" if cfg.teacher.support is Support.student_topk else "ids, log-probs, versions"
+    columns = "student's top-K ids too" if cfg.teacher.scored is Support.student_topk else "ids, log-probs, versions"
     ring = 2 * (ranks - 1) / ranks * gradient_bytes * (1.5 if cfg.learner.zero_stage == 3 else 1.0) * ranks
     return (
         payload("rollout -> teacher", spec.rollout, per_step / reuse, columns),

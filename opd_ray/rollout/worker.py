@@ -47,7 +47,7 @@ class RolloutWorker:
         self._prompts = PromptTokenizer(self._tokenizer, cfg.data.template, model_path)
         self._batch_spec = BatchSpec(
             tokenizer_fingerprint(self._tokenizer),
-            support=cfg.teacher.support.name,
+            support=cfg.teacher.scored.name,
             student_top_k=cfg.student_top_k,
             sampled_logprob_dtype=cfg.replay.sampled_logprob_dtype.name,
         )

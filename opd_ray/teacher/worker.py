@@ -70,7 +70,7 @@ class TeacherWorker:
             spec.tokenizer_fingerprint,
             top_k=cfg.teacher.top_k,
             logprob_dtype=cfg.replay.logprob_dtype.name,
-            support=cfg.teacher.support.name,
+            support=cfg.teacher.scored.name,
             sampled_logprob_dtype=cfg.replay.sampled_logprob_dtype.name,
         )
 
@@ -91,7 +91,7 @@ class TeacherWorker:
         cfg = self._cfg
         batch = decode(payload, expected=self._batch_spec.rollout)
         by_id = {prompt.id: self._prompts.encode(prompt) for prompt in prompts}
-        given = row_views(batch, "student_topk_ids") if cfg.teacher.support is Support.student_topk else None
+        given = row_views(batch, "student_topk_ids") if cfg.teacher.scored is Support.student_topk else None
         scores = self._model.score(
             [by_id[str(prompt_id)] for prompt_id in batch.column("prompt_id").to_pylist()],
             row_views(batch, "response_token_ids"),

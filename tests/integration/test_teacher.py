@@ -115,7 +115,7 @@ def plain_logprobs(folder: Path, row: RolloutRow) -> torch.Tensor:
 
 def test_the_support_is_the_top_k_of_the_model_it_is_named_after(scored: Scored) -> None:
     top_k = scored.cfg.teacher.top_k
-    folder = scored.student if scored.cfg.teacher.support.name == "student_topk" else scored.folder
+    folder = scored.student if scored.cfg.teacher.support == "student_topk" else scored.folder
     assert len(scored.rows) == SAMPLES * len(PROMPTS)
     for row in scored.rows:
         logprobs = plain_logprobs(folder, row)
@@ -143,7 +143,7 @@ def test_the_ids_are_on_the_wire_once(scored: Scored) -> None:
     batch = decode(ray.get(scored.payload))
     handed = [row.student_topk_ids for row in rollout_rows(batch)]
     assert "student_topk_ids" not in decode(ray.get(scored.scored)).schema.names
-    if scored.cfg.teacher.support.name == "teacher_topk":
+    if scored.cfg.teacher.support == "teacher_topk":
         assert all(ids is None for ids in handed)
         return
     for ids, row in zip(handed, scored.rows, strict=True):
@@ -199,5 +199,5 @@ def test_a_run_trains_on_the_support_and_the_engine_has_its_weights(
         assert mass == pytest.approx(1.0, abs=1e-5) and overlap == 1.0
     else:
         # The student's own top K is all its own; the teacher's is not.
-        assert (overlap == 1.0) == (scored.cfg.teacher.support.name == "student_topk")
+        assert (overlap == 1.0) == (scored.cfg.teacher.support == "student_topk")
         assert 0 < mass < 1
