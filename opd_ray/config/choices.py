@@ -8,8 +8,8 @@ from enum import StrEnum
 class OnNewWeights(StrEnum):
     """What becomes of an engine's running requests when new weights arrive.
 
-    `partial`: they go on with the new weights, and each token says which version made it; `finish`: they end with the
-    old weights first; `abort`: they are thrown away and sampled again from the start with the new weights.
+    `partial`: they continue with the new weights, and each token says which version made it; `finish`: they end with
+    the old weights first; `abort`: they are thrown away and sampled again from the start with the new weights.
     """
 
     partial = "partial"
@@ -106,7 +106,7 @@ class TauMode(StrEnum):
 
 
 class GateControl(StrEnum):
-    """Controls that tell gating from re-weighting noise: the step's gates permuted, or drawn anew from them."""
+    """Controls that tell gating from re-weighting noise: the step's gates permuted, or drawn again from them."""
 
     none = "none"
     shuffle = "shuffle"
@@ -122,7 +122,7 @@ class GateNormalize(StrEnum):
 
 
 class BehaviorSource(StrEnum):
-    """Whose log-probs stand for the behaviour student in the drift: the engine's or the learner's own first visit."""
+    """Whose log-probs stand for the behaviour student in the drift: the engine's or the learner's own first use."""
 
     rollout = "rollout"
     learner = "learner"
@@ -152,8 +152,8 @@ class HeadKernel(StrEnum):
 class ReplayOrder(StrEnum):
     """Which ready trajectories train next.
 
-    `fifo`: the oldest slots; `freshest`: those with the newest policy version; `weighted`: a seeded draw with weight
-    1 / (1 + staleness).
+    `fifo`: the oldest trajectories; `freshest`: those with the newest policy version; `weighted`: a seeded draw with
+    weight 1 / (1 + staleness).
     """
 
     fifo = "fifo"

@@ -131,11 +131,11 @@ class RolloutConfig(EngineConfig):
 class ReplayConfig:
     """The replay store."""
 
-    max_staleness: int = ranged(0, "optimizer steps a trajectory may be old at its first visit; 0 = lock-step", ge=0)
+    max_staleness: int = ranged(0, "optimizer steps a trajectory may be old at its first use; 0 = lock-step", ge=0)
     reuse: int = ranged(2, "optimizer steps that each trajectory is used for", ge=1)
     order: ReplayOrder = documented(ReplayOrder.fifo, "which ready trajectories train next")
     stale: StalePolicy = documented(StalePolicy.wait, "whether slow trajectories are waited for, dropped or gated")
-    hard_staleness: int = ranged(0, "with stale=gate: drop above this staleness at the first visit; else 0", ge=0)
+    hard_staleness: int = ranged(0, "with stale=gate: drop above this staleness at the first use; else 0", ge=0)
     max_bytes: int = ranged(0, "bytes of stored and expected payloads above which generation waits, 0 = any", ge=0)
     spill_bytes: int = ranged(0, "bytes of payloads in memory above which the rest go to files, 0 = never", ge=0)
     logprob_dtype: LogprobDtype = documented(LogprobDtype.float16, "dtype of stored teacher top-K log-probs")
@@ -241,7 +241,7 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """What a run leaves behind to go on from."""
+    """What a run leaves behind to continue from."""
 
     every: int = ranged(0, "optimizer steps between checkpoints, 0 = none", ge=0)
     keep: int = ranged(1, "newest checkpoints that are kept", ge=1)
@@ -252,7 +252,7 @@ class FaultConfig:
     """How much is put up with before the run ends."""
 
     max_restarts: int = ranged(3, "dead workers of a group that are replaced in a run; 0 = none", ge=0)
-    max_attempts: int = ranged(3, "times that a request is tried before its slots count as failed", ge=1)
+    max_attempts: int = ranged(3, "times that a request is tried before its trajectories count as failed", ge=1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -277,7 +277,7 @@ class TelemetryConfig:
     )
     min_support_mass: float = ranged(0.5, "alarm where the student's mean mass on the support is below", ge=0, le=1)
     max_loop_lag_s: float = ranged(1.0, "alarm where the controller's event loop runs later than this (p99, s)", ge=0)
-    dump_trajectories: int = ranged(
+    record_trajectories: int = ranged(
         0, "trajectories of a step that are written to the run folder for `opd_ray.inspect`, 0 = none", ge=0
     )
 

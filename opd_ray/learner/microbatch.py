@@ -65,7 +65,7 @@ class Microbatch:
 
     @property
     def fresh(self) -> tuple[bool, ...]:
-        """For each trajectory: first visit at staleness 0, where drift is zero by definition."""
+        """For each trajectory: first use at staleness 0, where drift is zero by definition."""
         return tuple(info.is_fresh for info in self.infos)
 
     @property

@@ -30,14 +30,14 @@ def scored_payload(
     """An encoded scored batch with random tokens and a random teacher; NaN for the rows `without_teacher`."""
     rng = np.random.default_rng(seed)
     rows: list[RolloutRow] = []
-    for slot, length in enumerate(lengths):
-        first = rows[slot - slot % samples_per_prompt] if slot % samples_per_prompt else None
+    for trajectory_id, length in enumerate(lengths):
+        first = rows[trajectory_id - trajectory_id % samples_per_prompt] if trajectory_id % samples_per_prompt else None
         rows.append(
             RolloutRow(
-                slot=slot,
-                prompt_id=first.prompt_id if first else f"p{slot}",
+                trajectory_id=trajectory_id,
+                prompt_id=first.prompt_id if first else f"p{trajectory_id}",
                 prompt_token_ids=(
-                    first.prompt_token_ids if first else rng.integers(3, VOCAB, 5 + slot % 3).astype(np.int32)
+                    first.prompt_token_ids if first else rng.integers(3, VOCAB, 5 + trajectory_id % 3).astype(np.int32)
                 ),
                 response_token_ids=rng.integers(0, VOCAB, length).astype(np.int32),
                 behavior_logprobs=rng.normal(-3, 1, length).astype(np.float32),
@@ -88,9 +88,9 @@ def _ruined(array: Any) -> Any:
 
 
 def stale_infos(payload: Any) -> tuple[SampleInfo, ...]:
-    """All trajectories one step old, at their second visit: drift is measured against the engine's log-probs."""
+    """All trajectories one step old, at their second use: drift is measured against the engine's log-probs."""
     return tuple(
-        SampleInfo(row.slot, 1, 2, 0.0, len(row.prompt_token_ids), len(row.response_token_ids))
+        SampleInfo(row.trajectory_id, 1, 2, 0.0, len(row.prompt_token_ids), len(row.response_token_ids))
         for row in scored_rows(decode(payload))
     )
 

@@ -49,18 +49,20 @@ def rows_of(columns: tuple[str, ...] | None) -> list[TrainingRow]:
     """Two trajectories whose versions change in the middle; each log-prob column has a NaN of its own."""
     made = [
         RolloutRow(
-            slot=slot,
+            trajectory_id=trajectory_id,
             prompt_id="p",
             prompt_token_ids=np.arange(4, dtype=np.int32),
             response_token_ids=np.arange(length, dtype=np.int32) + 5,
-            behavior_logprobs=np.array([NAN, -1, -1][:length] if slot == 0 else [-1.0] * length, dtype=np.float32),
+            behavior_logprobs=np.array(
+                [NAN, -1, -1][:length] if trajectory_id == 0 else [-1.0] * length, dtype=np.float32
+            ),
             version_starts=np.array([0, 1], dtype=np.int32),
             version_values=np.array([3, 4], dtype=np.int64),
             finish_reason="stop",
             temperature=1.0,
             top_p=1.0,
         )
-        for slot, length in enumerate(LENGTHS)
+        for trajectory_id, length in enumerate(LENGTHS)
     ]
     batch = decode(encode_rollouts(made, BatchSpec("f")))
     sampled = [np.array([-1, NAN, -1], dtype=np.float32), np.full(2, -1, dtype=np.float32)]
@@ -70,7 +72,7 @@ def rows_of(columns: tuple[str, ...] | None) -> list[TrainingRow]:
     return training_rows(decode(add_teacher_columns(batch, sampled, ids, topk, BatchSpec("f", 2)), columns=columns))
 
 
-INFOS = [SampleInfo(slot, 2, 1, 0.0, 4, length) for slot, length in enumerate(LENGTHS)]
+INFOS = [SampleInfo(trajectory_id, 2, 1, 0.0, 4, length) for trajectory_id, length in enumerate(LENGTHS)]
 BASE = ("prompt_token_ids", "response_token_ids", "behavior_logprobs", "teacher_logprobs")
 
 
