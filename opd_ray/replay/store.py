@@ -196,7 +196,7 @@ class ReplayStore:
         self._notify()
 
     def drop_lost(self, trajectory_ids: Sequence[int]) -> None:
-        """Evict all trajectories in these trajectories' payloads, which were lost with a node; unknown ids are skipped."""
+        """Evict all that is in these trajectories' payloads, which were lost with a node; unknown ids are skipped."""
         stored = self._state.stored
         lost = {stored[trajectory_id].payload_id for trajectory_id in trajectory_ids if trajectory_id in stored}
         self._state.evict(self._state.in_payloads(lost), PAYLOAD_LOST)
