@@ -26,6 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Tasks
+from rich.table import Column
 from rich.text import Text
 
 from opd_ray.telemetry.metrics import Metric
@@ -69,7 +70,9 @@ class Progress:
         self._steps.add_task("step", total=total, visible=False)
         (self._run,) = self._steps.tasks
         spinner = SpinnerColumn("dots" if (stream.encoding or "").lower().startswith("utf") else "line")
-        self._phases = _tasks([spinner, TextColumn("{task.elapsed:.0f} s  {task.description}")], clock)
+        # A column that wraps: a long phase keeps its link and its seconds on a narrow terminal.
+        text = TextColumn("{task.description}  {task.elapsed:.0f} s", table_column=Column())
+        self._phases = _tasks([spinner, text], clock, expand=False)
         self._phase: TaskID | None = None
         self._figures: dict[str, str] = {}
         self._tenths = _Tenths()
@@ -238,9 +241,9 @@ class _Tenths:
         return is_new
 
 
-def _tasks(columns: list[ProgressColumn], clock: Callable[[], float]) -> Tasks:
+def _tasks(columns: list[ProgressColumn], clock: Callable[[], float], expand: bool = True) -> Tasks:
     """Rich's state and table of tasks; what draws them is the `Live` of a `_Screen`."""
-    return Tasks(*columns, get_time=clock, speed_estimate_period=_PACE_WINDOW_S, auto_refresh=False, expand=True)
+    return Tasks(*columns, get_time=clock, speed_estimate_period=_PACE_WINDOW_S, auto_refresh=False, expand=expand)
 
 
 def _counted_columns(*units: ProgressColumn) -> list[ProgressColumn]:

@@ -207,6 +207,17 @@ def test_a_narrow_terminal_keeps_one_row_a_line(terminal: Terminal, monkeypatch:
     assert rows[-1].rstrip().endswith("…")
 
 
+def test_a_long_phase_wraps_and_loses_nothing(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    clock = Clock()
+    progress = Progress(100, terminal, clock=clock)
+    progress.phase("starting engines (Ray dashboard: http://127.0.0.1:8265)")
+    rows = [row.strip() for row in plain(terminal.getvalue()).splitlines()]
+    progress.close()
+    assert max(map(len, rows)) <= 40 and " ".join(rows).endswith("http://127.0.0.1:8265)  0 s")
+    assert rows[0][1:].strip().startswith("starting engines")  # after the spinner
+
+
 def test_an_exception_gives_the_cursor_back(terminal: Terminal) -> None:
     with pytest.raises(KeyboardInterrupt), Progress(100, terminal) as progress:
         progress.phase("starting engines")
