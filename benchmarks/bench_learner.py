@@ -3,7 +3,7 @@
 ``python -m benchmarks.bench_learner [--model FOLDER] [--data FILE.jsonl] [--out FILE.json]``
 
 One rank, in this process, on real trajectories: prompt and response texts of `--data` (columns `problem` and `solution`
-or `answer`), scored once by the model itself as its teacher. Each variant makes one fresh visit and then second visits,
+or `answer`), scored once by the model itself as its teacher. Each variant makes one fresh use and then second uses,
 which is what a run with reuse does. Tokens are response tokens that carry loss. The last line is the record as JSON.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import machine, spread
-from opd_ray.config.choices import Dtype, GateKind, ObjectiveKind
+from opd_ray.config.choices import Dtype, GateKind
 from opd_ray.config.schema import (
     GateConfig,
     LearnerConfig,
@@ -41,15 +41,15 @@ from opd_ray.teacher.worker import TeacherSpec, TeacherWorker
 from opd_ray.trajectory.codec import decode, encode_rollouts
 from opd_ray.trajectory.rows import RolloutRow, scored_rows
 from opd_ray.trajectory.schema import BatchSpec
-from opd_ray.types import BatchReceipt, Prompt, SampleInfo
+from opd_ray.types import BatchMeta, Prompt, SampleInfo
 
 VARIANTS = {
-    "opd": (ObjectiveKind.opd, GateKind.off),
-    "opd_block64": (ObjectiveKind.opd, GateKind.block),
-    "opd_newline": (ObjectiveKind.opd, GateKind.newline),
-    "lsm": (ObjectiveKind.lsm, GateKind.off),
-    "lsm_block64": (ObjectiveKind.lsm, GateKind.block),
-    "lsm_newline": (ObjectiveKind.lsm, GateKind.newline),
+    "opd": ("opd", GateKind.off),
+    "opd_block64": ("opd", GateKind.block),
+    "opd_newline": ("opd", GateKind.newline),
+    "lsm": ("lsm", GateKind.off),
+    "lsm_block64": ("lsm", GateKind.block),
+    "lsm_newline": ("lsm", GateKind.newline),
 }
 PARTS = ("pack", "forward", "gate", "loss", "diagnostics", "backward", "optimizer")
 
@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-response-tokens", type=int, default=256)
     parser.add_argument("--top-k", type=int, default=32)
     parser.add_argument("--tokens-per-microbatch", type=int, default=1536)
-    parser.add_argument("--repeats", type=int, default=3, help="second visits a variant")
+    parser.add_argument("--repeats", type=int, default=3, help="second uses a variant")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--out", type=Path, help="write the record here too")
     return parser.parse_args()
@@ -76,14 +76,14 @@ def scored_payload(args: argparse.Namespace) -> Any:
     rows, prompts = [], []
     with open(args.data, encoding="utf-8") as lines:
         records = [json.loads(line) for _, line in zip(range(args.trajectories), lines, strict=False)]
-    for slot, record in enumerate(records):
+    for trajectory_id, record in enumerate(records):
         text = str(record.get("solution") or record["answer"])
         response = tokenizer(text)["input_ids"][: args.max_response_tokens]
-        prompts.append(Prompt(id=str(slot), problem=str(record["problem"])))
+        prompts.append(Prompt(id=str(trajectory_id), problem=str(record["problem"])))
         rows.append(
             RolloutRow(
-                slot=slot,
-                prompt_id=str(slot),
+                trajectory_id=trajectory_id,
+                prompt_id=str(trajectory_id),
                 prompt_token_ids=np.array(tokenizer(record["problem"])["input_ids"], dtype=np.int32),
                 response_token_ids=np.array(response, dtype=np.int32),
                 behavior_logprobs=np.full(len(response), -1.0, dtype=np.float32),
@@ -98,11 +98,11 @@ def scored_payload(args: argparse.Namespace) -> Any:
     cfg = RunConfig(teacher=TeacherConfig(top_k=args.top_k, max_batch_tokens=4096))
     spec = TeacherSpec(cfg, "teacher-0", args.model, len(tokenizer), fingerprint, torch.get_num_threads())
     teacher = TeacherWorker(spec)
-    return teacher.score(payload, BatchReceipt((), "rollout-0", 0.0, payload.size), prompts)[0]
+    return teacher.score(payload, BatchMeta((), "rollout-0", 0.0, payload.size), prompts)[0]
 
 
 def train(args: argparse.Namespace, variant: str, payload: Any) -> list[RankReport]:
-    """One fresh visit and the second visits of a variant."""
+    """One fresh use and the second uses of a variant."""
     from opd_ray.learner.trainer import Trainer
 
     objective, gate = VARIANTS[variant]
@@ -121,7 +121,9 @@ def train(args: argparse.Namespace, variant: str, payload: Any) -> list[RankRepo
     reports = []
     for version in range(1 + args.repeats):
         infos = tuple(
-            SampleInfo(row.slot, version, version + 1, 0.0, len(row.prompt_token_ids), len(row.response_token_ids))
+            SampleInfo(
+                row.trajectory_id, version, version + 1, 0.0, len(row.prompt_token_ids), len(row.response_token_ids)
+            )
             for row in rows
         )
         batch = SampledBatch((payload,), tuple((0, index) for index in range(len(rows))), infos)
@@ -131,13 +133,13 @@ def train(args: argparse.Namespace, variant: str, payload: Any) -> list[RankRepo
 
 
 def figures(reports: list[RankReport]) -> dict[str, Any]:
-    """Tokens/s of the fresh visit and of second visits, and each part's share of a second visit."""
+    """Tokens/s of the fresh use and of second uses, and each part's share of a second use."""
     fresh, later = reports[0], reports[1:]
     return {
         "loss_tokens": fresh.num_tokens,
         "model_tokens": fresh.model_tokens,
-        "fresh_visit_tokens_per_s": fresh.num_tokens / fresh.times["step"],
-        "second_visit_tokens_per_s": spread([r.num_tokens / r.times["step"] for r in later]),
+        "fresh_use_tokens_per_s": fresh.num_tokens / fresh.times["step"],
+        "second_use_tokens_per_s": spread([r.num_tokens / r.times["step"] for r in later]),
         "model_tokens_per_s": spread([r.model_tokens / r.times["step"] for r in later]),
         "share": {part: statistics.median(r.times.get(part, 0.0) / r.times["step"] for r in later) for part in PARTS},
     }

@@ -105,10 +105,10 @@ def make_work(args: argparse.Namespace, dtype: Dtype) -> tuple[Work, dict[str, A
     return work, facts
 
 
-def rollout_row(slot: int, prompt_id: str, prompt: Sequence[int], response: Sequence[int]) -> RolloutRow:
+def rollout_row(trajectory_id: int, prompt_id: str, prompt: Sequence[int], response: Sequence[int]) -> RolloutRow:
     """A trajectory as an engine would have sampled it."""
     return RolloutRow(
-        slot=slot,
+        trajectory_id=trajectory_id,
         prompt_id=prompt_id,
         prompt_token_ids=np.array(prompt, dtype=np.int32),
         response_token_ids=np.array(response, dtype=np.int32),

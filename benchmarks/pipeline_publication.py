@@ -29,7 +29,7 @@ from opd_ray.planning.placement import Share, plan_resources
 from opd_ray.rollout.group import ROLE as ROLLOUT
 from opd_ray.rollout.group import RolloutGroup
 from opd_ray.rollout.worker import RolloutWorker
-from opd_ray.types import LoadReceipt, Prompt, RolloutRequest, WeightsReceipt
+from opd_ray.types import LoadResult, Prompt, RolloutRequest, WeightsMeta
 
 DEADLINE_S = 300.0
 SEQUENCES = 8
@@ -118,13 +118,13 @@ class TimedEngine(RolloutWorker):
         self._clock.time_checksums()
         self._clock.time_decoding(self._engine._engine)
 
-    async def load_weights(self, published: WeightsReceipt, *buckets: weights.WeightBucket) -> LoadReceipt:
+    async def load_weights(self, published: WeightsMeta, *buckets: weights.WeightBucket) -> LoadResult:
         """As the base class."""
         self._clock.begun, self._clock.checksum_s = time.time(), 0.0
         del self._clock.decoding[:-1]
-        receipt = await super().load_weights(published, *buckets)
+        meta = await super().load_weights(published, *buckets)
         self._clock.ended = time.time()
-        return receipt
+        return meta
 
     async def clock(self) -> Clock:
         """Of the last publication."""
@@ -181,9 +181,9 @@ class Publishers:
         """One publication as the learner loop makes it, with the seconds of its parts."""
         self.version += 1
         asked = time.time()
-        receipt, buckets = await self.learner.export(self.version)
+        meta, buckets = await self.learner.export(self.version)
         exported = time.time()
-        loaded = await self.rollout.publish(receipt, buckets)
+        loaded = await self.rollout.publish(meta, buckets)
         confirmed = time.time()
         (source,) = await self.learner.all(lambda worker: worker.clock.remote())
         clocks: list[Clock] = await self.rollout.all(lambda worker: worker.clock.remote())
@@ -195,8 +195,8 @@ class Publishers:
             "export/checksum_s": source.checksum_s,
             "export/put_and_call_s": exported - asked - pack_s - source.checksum_s,
             "engines_s": confirmed - exported,
-            "num_bytes": float(receipt.num_bytes),
-            "mb_per_s": receipt.num_bytes / 1e6 / (confirmed - asked),
+            "num_bytes": float(meta.num_bytes),
+            "mb_per_s": meta.num_bytes / 1e6 / (confirmed - asked),
         }
         # Of the engine that was slowest in each.
         split = [_engine_parts(clock, answer, exported) for clock, answer in zip(clocks, loaded, strict=True)]
@@ -208,7 +208,7 @@ def _free(share: Share) -> Share:
     return Share(0.0, 0.0, share.threads)
 
 
-def _engine_parts(clock: Clock, answer: LoadReceipt, exported: float) -> dict[str, float]:
+def _engine_parts(clock: Clock, answer: LoadResult, exported: float) -> dict[str, float]:
     return {
         "engine/transfer_s": clock.begun - exported,
         "engine/checksum_s": clock.checksum_s,
@@ -223,10 +223,10 @@ async def _decode(rollout: RolloutGroup) -> None:
     prompt = Prompt(id="p", problem="7+3-4=")
 
     async def one(worker: Any, index: int) -> None:
-        slots = tuple(10_000 * (index + 1) + place for place in range(SEQUENCES))
-        _, receipt = worker.generate.options(num_returns=2).remote(RolloutRequest((prompt,), slots, SEQUENCES))
+        trajectory_ids = tuple(10_000 * (index + 1) + place for place in range(SEQUENCES))
+        _, meta = worker.generate.options(num_returns=2).remote(RolloutRequest((prompt,), trajectory_ids, SEQUENCES))
         with suppress(ActorError):
-            await rollout.result(receipt, index)
+            await rollout.result(meta, index)
 
     await asyncio.gather(*(one(worker, index) for index, worker in enumerate(rollout.workers)))
 

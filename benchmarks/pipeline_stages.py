@@ -35,7 +35,7 @@ from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoints
 from opd_ray.teacher.worker import TeacherGroup
 from opd_ray.training.controller import Controller, Groups, Outputs
-from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
+from opd_ray.types import BatchMeta, LoadResult, Prompt, RolloutRequest, TrajectoryMeta, WeightsMeta
 
 NUM_STAGES = 3
 TARGET = "<= 1.1"
@@ -76,26 +76,26 @@ class SleepingEngine:
         """The worker's name."""
         return self._name
 
-    async def generate(self, request: RolloutRequest) -> tuple[Any, BatchReceipt]:
+    async def generate(self, request: RolloutRequest) -> tuple[Any, BatchMeta]:
         """Sleep, then a payload of zeros."""
         work = self._work
         async with self._at_work:
             begun, oldest = time.monotonic(), self._version
-            await asyncio.sleep(work.seconds(len(request.slots)))
+            await asyncio.sleep(work.seconds(len(request.trajectory_ids)))
         rows = tuple(
-            TrajectoryReceipt(
-                slot, request.prompt_of(row).id, row, 8, work.response_tokens, oldest, self._version, "stop"
+            TrajectoryMeta(
+                trajectory_id, request.prompt_of(row).id, row, 8, work.response_tokens, oldest, self._version, "stop"
             )
-            for row, slot in enumerate(request.slots)
+            for row, trajectory_id in enumerate(request.trajectory_ids)
         )
         payload = np.zeros(work.payload_bytes * len(rows) // work.trajectories, dtype=np.uint8)
-        return payload, BatchReceipt(rows, self._name, time.monotonic() - begun, payload.nbytes)
+        return payload, BatchMeta(rows, self._name, time.monotonic() - begun, payload.nbytes)
 
-    async def load_weights(self, published: WeightsReceipt, *buckets: WeightBucket) -> LoadReceipt:
+    async def load_weights(self, published: WeightsMeta, *buckets: WeightBucket) -> LoadResult:
         """At once."""
         self._version = published.policy_version
         num_bytes = sum(bucket.data.nbytes for bucket in buckets)
-        return LoadReceipt(self._name, self._version, published.checksum, num_bytes, 0.0)
+        return LoadResult(self._name, self._version, published.checksum, num_bytes, 0.0)
 
     async def stop(self) -> None:
         """Nothing to stop."""
@@ -112,11 +112,11 @@ class SleepingTeacher:
         """The worker's name."""
         return self._name
 
-    def score(self, payload: Any, receipt: BatchReceipt, prompts: Sequence[Prompt]) -> tuple[Any, BatchReceipt]:
+    def score(self, payload: Any, meta: BatchMeta, prompts: Sequence[Prompt]) -> tuple[Any, BatchMeta]:
         """Sleep, then the payload again."""
         begun = time.monotonic()
-        time.sleep(self._work.seconds(len(receipt.trajectories)))
-        return payload.copy(), BatchReceipt(receipt.trajectories, self._name, time.monotonic() - begun, payload.nbytes)
+        time.sleep(self._work.seconds(len(meta.trajectories)))
+        return payload.copy(), BatchMeta(meta.trajectories, self._name, time.monotonic() - begun, payload.nbytes)
 
     def stop(self) -> None:
         """Nothing to stop."""
@@ -147,10 +147,10 @@ class SleepingLearner:
         num_tokens = sum(info.num_response_tokens for info in batch.infos.values())
         return RankReport(loss_sum=1.0, weight_sum=1.0, divisor=1.0, num_tokens=num_tokens, grad_norm=1.0)
 
-    def export(self, policy_version: int) -> tuple[WeightsReceipt, WeightBucket]:
+    def export(self, policy_version: int) -> tuple[WeightsMeta, WeightBucket]:
         """Weights of zeros."""
         data = np.zeros(self._work.weight_bytes, dtype=np.uint8)
-        return WeightsReceipt(policy_version, f"{policy_version}", data.nbytes), WeightBucket((), data)
+        return WeightsMeta(policy_version, f"{policy_version}", data.nbytes), WeightBucket((), data)
 
     def stop(self) -> None:
         """Nothing to stop."""

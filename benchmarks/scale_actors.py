@@ -1,4 +1,4 @@
-"""The actors of `bench_scale`: they sleep, and answer with receipts of long trajectories. Light: no numpy, no torch.
+"""The actors of `bench_scale`: they sleep, and answer with metadata of long trajectories. Light: no numpy, no torch.
 
 Everything else of a run is real: the groups with their deadlines and named Ray actors, the store, the controller.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
+from opd_ray.types import BatchMeta, LoadResult, Prompt, RolloutRequest, TrajectoryMeta, WeightsMeta
 
 if TYPE_CHECKING:
     from opd_ray.learner.step_report import RankReport
@@ -66,15 +66,15 @@ class FakeEngine:
         """What trajectories look like from now on."""
         self._sizes = sizes
 
-    async def generate(self, request: RolloutRequest) -> tuple[Payload, BatchReceipt]:
+    async def generate(self, request: RolloutRequest) -> tuple[Payload, BatchMeta]:
         """After half of the delay to one and a half of it, all trajectories of the request at once."""
         started = time.monotonic()
         oldest, sizes = self._version, self._sizes
         # As even as random delays, and the same in every run.
-        await asyncio.sleep(self._delay_s * (0.5 + request.slots[0] * GOLDEN_RATIO % 1))
+        await asyncio.sleep(self._delay_s * (0.5 + request.trajectory_ids[0] * GOLDEN_RATIO % 1))
         rows = tuple(
-            TrajectoryReceipt(
-                slot=slot,
+            TrajectoryMeta(
+                trajectory_id=trajectory_id,
                 prompt_id=request.prompt_of(row).id,
                 row=row,
                 num_prompt_tokens=sizes.prompt_tokens,
@@ -83,16 +83,16 @@ class FakeEngine:
                 newest_version=self._version,
                 finish_reason="stop",
             )
-            for row, slot in enumerate(request.slots)
+            for row, trajectory_id in enumerate(request.trajectory_ids)
         )
         num_bytes = len(rows) * sizes.response_tokens * ROLLOUT_BYTES_PER_TOKEN
         payload = sizes.payload(len(rows), ROLLOUT_BYTES_PER_TOKEN)
-        return payload, BatchReceipt(rows, self._name, time.monotonic() - started, num_bytes)
+        return payload, BatchMeta(rows, self._name, time.monotonic() - started, num_bytes)
 
-    async def load_weights(self, published: WeightsReceipt, *buckets: Payload) -> LoadReceipt:
+    async def load_weights(self, published: WeightsMeta, *buckets: Payload) -> LoadResult:
         """Confirms anything."""
         self._version = published.policy_version
-        return LoadReceipt(self._name, published.policy_version, published.checksum, published.num_bytes, 0.0)
+        return LoadResult(self._name, published.policy_version, published.checksum, published.num_bytes, 0.0)
 
     async def stop(self) -> None:
         """Nothing to stop."""
@@ -113,13 +113,13 @@ class FakeTeacher:
         """What trajectories look like from now on."""
         self._sizes = sizes
 
-    def score(self, payload: Payload, receipt: BatchReceipt, prompts: Sequence[Prompt]) -> tuple[Payload, BatchReceipt]:
+    def score(self, payload: Payload, meta: BatchMeta, prompts: Sequence[Prompt]) -> tuple[Payload, BatchMeta]:
         """A payload of the scored size, at once."""
         started = time.monotonic()
-        count = len(receipt.trajectories)
+        count = len(meta.trajectories)
         scored = self._sizes.payload(count, SCORED_BYTES_PER_TOKEN)
         num_bytes = count * self._sizes.response_tokens * SCORED_BYTES_PER_TOKEN
-        return scored, BatchReceipt(receipt.trajectories, self._name, time.monotonic() - started, num_bytes)
+        return scored, BatchMeta(meta.trajectories, self._name, time.monotonic() - started, num_bytes)
 
     def stop(self) -> None:
         """Nothing to stop."""
@@ -156,11 +156,11 @@ class FakeRank:
         num_tokens = sum(batch.infos[index].num_response_tokens for index in members)
         return RankReport(loss_sum=1.0, weight_sum=1.0, divisor=1.0, num_tokens=num_tokens, grad_norm=1.0)
 
-    def export(self, policy_version: int) -> tuple[WeightsReceipt, Payload] | None:
+    def export(self, policy_version: int) -> tuple[WeightsMeta, Payload] | None:
         """A few bytes stand for the weights."""
         if self._rank:
             return None
-        return WeightsReceipt(policy_version, CHECKSUM, 4096), Payload(bytearray(4096))
+        return WeightsMeta(policy_version, CHECKSUM, 4096), Payload(bytearray(4096))
 
     def stop(self) -> None:
         """Nothing to stop."""

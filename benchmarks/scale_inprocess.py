@@ -17,7 +17,7 @@ from opd_ray.cluster.worker_group import WorkerGroup
 from opd_ray.learner.step_report import RankReport
 from opd_ray.replay.batch import SampledBatch
 from opd_ray.rollout.group import RolloutGroup
-from opd_ray.types import WeightsReceipt
+from opd_ray.types import WeightsMeta
 
 
 class _Method:
@@ -73,8 +73,8 @@ class _Learner:
     async def train_step(self, batch: SampledBatch, policy_version: int) -> list[RankReport]:
         return [RankReport(loss_sum=1.0, weight_sum=1.0, divisor=1.0, num_tokens=1, grad_norm=1.0)]
 
-    async def export(self, version: int) -> tuple[WeightsReceipt, list[Any]]:
-        return WeightsReceipt(version, "00", 4096), []
+    async def export(self, version: int) -> tuple[WeightsMeta, list[Any]]:
+        return WeightsMeta(version, "00", 4096), []
 
 
 def in_process(num_engines: int, num_teachers: int, num_ranks: int, delay_s: float, sizes: Sizes) -> Cluster:

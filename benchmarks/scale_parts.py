@@ -13,7 +13,7 @@ from benchmarks.scale_actors import CHECKSUM, Payload
 from benchmarks.scale_run import Cluster
 from opd_ray.data.packing import plan_microbatches
 from opd_ray.replay.batch import SampledBatch
-from opd_ray.types import SampleInfo, WeightsReceipt
+from opd_ray.types import SampleInfo, WeightsMeta
 
 REPEATS = 5
 TRAJECTORIES = 4096
@@ -23,8 +23,10 @@ LENGTH = 16_584
 def batch_of(num_trajectories: int, num_payloads: int) -> SampledBatch:
     """A step's trajectories in so many small payloads."""
     refs = tuple(ray.put(Payload(bytearray(4096))) for _ in range(num_payloads))
-    infos = tuple(SampleInfo(slot, 0, 1, 1.0, 200, LENGTH - 200) for slot in range(num_trajectories))
-    rows = tuple((slot % num_payloads, slot // num_payloads) for slot in range(num_trajectories))
+    infos = tuple(SampleInfo(trajectory_id, 0, 1, 1.0, 200, LENGTH - 200) for trajectory_id in range(num_trajectories))
+    rows = tuple(
+        (trajectory_id % num_payloads, trajectory_id // num_payloads) for trajectory_id in range(num_trajectories)
+    )
     return SampledBatch(refs, rows, infos)
 
 
@@ -51,7 +53,7 @@ def plan_seconds(num_trajectories: int, num_ranks: int) -> float:
 async def parts(cluster: Cluster) -> dict[str, Any]:
     """Weights to all engines; a step to all ranks with 1, 50 and 200 payloads; the plan of a step."""
     found: dict[str, Any] = {}
-    weights, bucket = WeightsReceipt(0, CHECKSUM, 4096), ray.put(Payload(bytearray(4096)))
+    weights, bucket = WeightsMeta(0, CHECKSUM, 4096), ray.put(Payload(bytearray(4096)))
     await cluster.engines.publish(weights, [bucket])
     found["publish"] = await _cost(lambda: cluster.engines.publish(weights, [bucket]))
     found["publish"]["engines"] = len(cluster.engines.workers)

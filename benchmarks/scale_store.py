@@ -23,7 +23,7 @@ from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
 from opd_ray.storage.committed_folder import FolderDraft, ended_in_thread
 from opd_ray.training.loop_lag import LoopLag
-from opd_ray.types import BatchReceipt, TrajectoryReceipt
+from opd_ray.types import BatchMeta, TrajectoryMeta
 
 DEADLINE_S = 600.0
 NUM_STEPS = 3
@@ -52,13 +52,15 @@ class Clock:
         self.ms[name].append(1e3 * (time.thread_time() - begun))
 
 
-def scored(slots: Sequence[int], version: int) -> BatchReceipt:
+def scored(trajectory_ids: Sequence[int], version: int) -> BatchMeta:
     """The metadata of one request's payload."""
     rows = tuple(
-        TrajectoryReceipt(slot, f"problem-{slot // SAMPLES}", row, 200, RESPONSE_TOKENS, version, version, "stop")
-        for row, slot in enumerate(slots)
+        TrajectoryMeta(
+            trajectory_id, f"problem-{trajectory_id // SAMPLES}", row, 200, RESPONSE_TOKENS, version, version, "stop"
+        )
+        for row, trajectory_id in enumerate(trajectory_ids)
     )
-    return BatchReceipt(rows, "teacher-0", 1.0, len(rows) * RESPONSE_TOKENS * SCORED_BYTES_PER_TOKEN)
+    return BatchMeta(rows, "teacher-0", 1.0, len(rows) * RESPONSE_TOKENS * SCORED_BYTES_PER_TOKEN)
 
 
 async def fill(store: ReplayStore, num_requests: int, version: int, clock: Clock, make: Callable[[], Any]) -> None:
@@ -66,9 +68,9 @@ async def fill(store: ReplayStore, num_requests: int, version: int, clock: Clock
     for _ in range(num_requests):
         ref = make()
         with clock.measure("request"):
-            slots = await store.acquire(SAMPLES)
-            store.assign(slots, [f"problem-{slot // SAMPLES}" for slot in slots])
-            store.append(scored(slots, version), ref, generation=store.generation)
+            trajectory_ids = await store.acquire(SAMPLES)
+            store.assign(trajectory_ids, [f"problem-{trajectory_id // SAMPLES}" for trajectory_id in trajectory_ids])
+            store.append(scored(trajectory_ids, version), ref, generation=store.generation)
 
 
 async def store_alone(num_trajectories: int) -> dict[str, Any]:
@@ -83,7 +85,7 @@ async def store_alone(num_trajectories: int) -> dict[str, Any]:
         if batch is None:
             raise RuntimeError("the store was not full: acquire more")
         with clock.measure("release"):
-            store.release(batch.slots, version + 1)
+            store.release(batch.trajectory_ids, version + 1)
         with clock.measure("reports"):
             store.counts(), store.lengths()
         await fill(store, requests, version + 1, clock, object)

@@ -26,7 +26,7 @@ from opd_ray.planning.placement import Share
 from opd_ray.replay.batch import SampledBatch
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
-from opd_ray.types import BatchReceipt, TrajectoryReceipt
+from opd_ray.types import BatchMeta, TrajectoryMeta
 
 DEADLINE_S = 120.0
 THREAD_ENV = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} | {"PYTHONWARNINGS": "ignore"}
@@ -104,16 +104,16 @@ class StoreProducer:
     def ping(self) -> None:
         """Answer once it is there."""
 
-    def produce(self, slots: tuple[int, ...], version: int) -> tuple[Any, BatchReceipt]:
-        """Stages 3 and 5: a payload, whose responses end at a policy version, and its receipt."""
+    def produce(self, trajectory_ids: tuple[int, ...], version: int) -> tuple[Any, BatchMeta]:
+        """Stages 3 and 5: a payload, whose responses end at a policy version, and its metadata."""
         from opd_ray.teacher.worker import rounded
         from opd_ray.trajectory.codec import add_teacher_columns, decode, encode_rollouts
 
         begun = time.monotonic()
         versions = np.array([version, version], dtype=np.int64)
         rollouts = [
-            dataclasses.replace(row, slot=slot, version_values=versions)
-            for slot, row in zip(slots, self._rollouts, strict=True)
+            dataclasses.replace(row, trajectory_id=trajectory_id, version_values=versions)
+            for trajectory_id, row in zip(trajectory_ids, self._rollouts, strict=True)
         ]
         batch = decode(encode_rollouts(rollouts, self._spec.rollout), expected=self._spec.rollout)
         ids = [row["teacher_topk_ids"] for row in self._rows]
@@ -122,9 +122,9 @@ class StoreProducer:
             for name, dtype in zip(("teacher_logprobs", "teacher_topk_logprobs"), self._dtypes, strict=True)
         )
         payload = add_teacher_columns(batch, sampled, ids, topk, self._spec)
-        receipts = tuple(
-            TrajectoryReceipt(
-                slot=row.slot,
+        metas = tuple(
+            TrajectoryMeta(
+                trajectory_id=row.trajectory_id,
                 prompt_id=row.prompt_id,
                 row=index,
                 num_prompt_tokens=len(row.prompt_token_ids),
@@ -135,7 +135,7 @@ class StoreProducer:
             )
             for index, row in enumerate(rollouts)
         )
-        return payload, BatchReceipt(receipts, "producer", time.monotonic() - begun, payload.size)
+        return payload, BatchMeta(metas, "producer", time.monotonic() - begun, payload.size)
 
 
 def default_bytes(work: Workload) -> int:
@@ -209,10 +209,10 @@ class OpdRay(Contender):
             async def rollout_loop() -> None:
                 nonlocal is_last, num_started
                 while not is_last:
-                    slots = await self._acquire()
+                    trajectory_ids = await self._acquire()
                     is_last = time.perf_counter() >= until
                     num_started += 1
-                    tasks.create_task(self._produce(slots))
+                    tasks.create_task(self._produce(trajectory_ids))
 
             tasks.create_task(rollout_loop())
             while not is_last or num_read < num_started:
@@ -221,15 +221,15 @@ class OpdRay(Contender):
         return num_read
 
     async def _acquire(self) -> tuple[int, ...]:
-        slots = await self._store.acquire(self.work.trajectories)
-        self._store.assign(slots, [f"prompt-{row}" for row in range(len(slots))])
-        return slots
+        trajectory_ids = await self._store.acquire(self.work.trajectories)
+        self._store.assign(trajectory_ids, [f"prompt-{row}" for row in range(len(trajectory_ids))])
+        return trajectory_ids
 
-    async def _produce(self, slots: tuple[int, ...]) -> None:
-        payload, receipt_ref = self._producer.produce.options(num_returns=2).remote(slots, self._version)
-        receipt: BatchReceipt = await self._result(receipt_ref)
-        self._num_bytes = receipt.num_bytes
-        self._store.append(receipt, payload)
+    async def _produce(self, trajectory_ids: tuple[int, ...]) -> None:
+        payload, meta_ref = self._producer.produce.options(num_returns=2).remote(trajectory_ids, self._version)
+        meta: BatchMeta = await self._result(meta_ref)
+        self._num_bytes = meta.num_bytes
+        self._store.append(meta, payload)
 
     async def _step(self) -> Sums:
         batch = await self._store.sample(self.work.trajectories, self._version)
@@ -237,5 +237,5 @@ class OpdRay(Contender):
             raise SystemExit("the store has no more batches")
         sums: Sums = await self._result(self._consumer.read.remote(batch))
         self._version += 1
-        self._store.release(batch.slots, self._version)
+        self._store.release(batch.trajectory_ids, self._version)
         return sums

@@ -59,7 +59,7 @@ def _row(work: Workload, index: int, rng: np.random.Generator) -> Row:
 
     length, top_k = work.response_tokens, work.top_k
     return {
-        "slot": index,
+        "trajectory_id": index,
         "prompt_id": f"prompt-{index}",
         "prompt_token_ids": ids(work.prompt_tokens),
         "response_token_ids": ids(length),

@@ -14,7 +14,7 @@ from opd_ray.config.schema import ReplayConfig, RunConfig, TeacherConfig
 from opd_ray.trajectory.codec import add_teacher_columns, decode
 from opd_ray.trajectory.columns import row_views
 from opd_ray.trajectory.schema import BatchSpec
-from opd_ray.types import BatchReceipt, Prompt
+from opd_ray.types import BatchMeta, Prompt
 
 # Padded tokens in one forward pass, and tokens in one step of vLLM: for both more than a batch here needs.
 MAX_BATCH_TOKENS = 8192
@@ -56,7 +56,7 @@ class OurScorer:
     def score(self, payload: bytes) -> pa.Buffer:
         """Scored batch of a rollout batch."""
         scored: pa.Buffer
-        scored, _ = self._worker.score(pa.py_buffer(payload), BatchReceipt((), "", 0.0, 0), self._work.prompts)
+        scored, _ = self._worker.score(pa.py_buffer(payload), BatchMeta((), "", 0.0, 0), self._work.prompts)
         return scored
 
     def raw_bytes(self) -> int | None:

@@ -54,10 +54,6 @@ class StoreClosedError(StoreError):
     """The replay store takes no more requests: it was closed, or its data have ended."""
 
 
-class SnapshotError(OpdError, ValueError):
-    """A snapshot of the replay store is missing, damaged, or of another run or version."""
-
-
 class CheckpointError(OpdError, ValueError):
     """A checkpoint cannot be written, or the one to resume from is missing, damaged, or of another run or version."""
 
@@ -83,7 +79,7 @@ class ActorDiedError(ActorError):
 
 
 class LearnerLostError(ActorDiedError):
-    """A learner rank died: the group goes on from the last checkpoint, and everything after it is lost."""
+    """A learner rank died: the group continues from the last checkpoint, and everything after it is lost."""
 
 
 class DeadlineError(ActorError):

@@ -1,4 +1,4 @@
-"""One immutable record for each hop of a trajectory (see `controller` for the way it takes), and a histogram metric.
+"""One immutable record for each stage of a trajectory (see `controller` for the way it takes), and a histogram metric.
 
 Shape letters: B sequences, T response tokens, K top-K, S segments, V vocabulary, H hidden, D ranks.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Hop 1: one problem of the prompt source.
+    """Stage 1: one problem of the prompt source.
 
     `answer` is what a verifier compares with (evaluation only); `solution` is a worked solution that a teacher may be
     shown. `index` is the prompt's row in its source and `epoch` how often the source was gone through before.
@@ -28,29 +28,30 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """Hop 3: what one engine is asked for, `num_samples` trajectories for each prompt.
+    """Stage 3: what one engine is asked for, `num_samples` trajectories for each prompt.
 
-    `slots` holds one slot number a trajectory, prompt-major: ``slots[i * num_samples + j]`` belongs to sample j of
-    prompt i; the last prompt may have fewer. A trajectory's sampling seed is derived from the run's seed and its slot.
+    `trajectory_ids` holds one trajectory id a trajectory, prompt-major: ``trajectory_ids[i * num_samples + j]`` belongs
+    to sample j of prompt i; the last prompt may have fewer. A trajectory's sampling seed is derived from the run's seed
+    and its trajectory.
     """
 
     prompts: tuple[Prompt, ...]
-    slots: tuple[int, ...]
+    trajectory_ids: tuple[int, ...]
     num_samples: int
 
     def prompt_of(self, place: int) -> Prompt:
-        """The prompt of ``slots[place]``."""
+        """The prompt of ``trajectory_ids[place]``."""
         return self.prompts[place // self.num_samples]
 
 
 @dataclass(frozen=True, slots=True)
-class TrajectoryReceipt:
+class TrajectoryMeta:
     """What the driver and the store know of a trajectory; its payload stays in the object store.
 
     `row` is its row in the payload's record batch, `oldest_version` the smallest policy version among its tokens.
     """
 
-    slot: int
+    trajectory_id: int
     prompt_id: str
     row: int
     num_prompt_tokens: int
@@ -61,13 +62,13 @@ class TrajectoryReceipt:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchReceipt:
+class BatchMeta:
     """Stands for one payload (an Arrow record batch) that is somewhere in Ray's object store.
 
     `busy_s` is the time that the worker spent on it, `num_bytes` the payload's size.
     """
 
-    trajectories: tuple[TrajectoryReceipt, ...]
+    trajectories: tuple[TrajectoryMeta, ...]
     worker: str
     busy_s: float
     num_bytes: int
@@ -79,28 +80,28 @@ class BatchReceipt:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickle goes through Python for every record: eight times as long as for their values.
-        rows = tuple(map(_receipt_values, self.trajectories))
-        return _batch_receipt, (rows, self.worker, self.busy_s, self.num_bytes)
+        rows = tuple(map(_meta_values, self.trajectories))
+        return _batch_meta, (rows, self.worker, self.busy_s, self.num_bytes)
 
 
-_receipt_values = attrgetter(*(field.name for field in fields(TrajectoryReceipt)))
+_meta_values = attrgetter(*(field.name for field in fields(TrajectoryMeta)))
 
 
-def _batch_receipt(rows: tuple[tuple[Any, ...], ...], worker: str, busy_s: float, num_bytes: int) -> BatchReceipt:
-    return BatchReceipt(tuple(TrajectoryReceipt(*row) for row in rows), worker, busy_s, num_bytes)
+def _batch_meta(rows: tuple[tuple[Any, ...], ...], worker: str, busy_s: float, num_bytes: int) -> BatchMeta:
+    return BatchMeta(tuple(TrajectoryMeta(*row) for row in rows), worker, busy_s, num_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class SampleInfo:
-    """Hop 7: facts that the store hands out with each sampled trajectory.
+    """Stage 7: facts that the store hands out with each sampled trajectory.
 
-    `staleness` is in optimizer steps (`replay.staleness`), `visits` counts this use (1 = first), `age_s` is the time
+    `staleness` is in optimizer steps (`replay.staleness`), `uses` counts this use (1 = first), `age_s` is the time
     since it was appended. By `prompt_id` a learner puts the trajectories of a prompt together; empty, it is not known.
     """
 
-    slot: int
+    trajectory_id: int
     staleness: int
-    visits: int
+    num_uses: int
     age_s: float
     num_prompt_tokens: int
     num_response_tokens: int
@@ -108,8 +109,8 @@ class SampleInfo:
 
     @property
     def is_fresh(self) -> bool:
-        """First visit at staleness 0, where drift is zero by definition."""
-        return self.visits == 1 and self.staleness == 0
+        """First use at staleness 0, where drift is zero by definition."""
+        return self.num_uses == 1 and self.staleness == 0
 
 
 info_values = attrgetter(*(field.name for field in fields(SampleInfo)))
@@ -117,8 +118,8 @@ info_values = attrgetter(*(field.name for field in fields(SampleInfo)))
 
 
 @dataclass(frozen=True, slots=True)
-class WeightsReceipt:
-    """Hop 12: names one published set of weights. `checksum` covers names, shapes, dtypes and bytes."""
+class WeightsMeta:
+    """Stage 12: names one published set of weights. `checksum` covers names, shapes, dtypes and bytes."""
 
     policy_version: int
     checksum: str
@@ -126,8 +127,8 @@ class WeightsReceipt:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadReceipt:
-    """An engine's answer to hop 12: `policy_version` and `checksum` are those of the weights that it now has.
+class LoadResult:
+    """An engine's answer to stage 12: `policy_version` and `checksum` are those of the weights that it now has.
 
     `standstill_s` is how long its decoding stood still for them; `num_aborted_tokens` counts response tokens that were
     thrown away and are sampled again (``rollout.on_new_weights=abort``).

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from opd_ray.cluster.remote_calls import remote_result
 from opd_ray.cluster.worker_group import PAYLOAD_ENV
-from opd_ray.errors import ActorDiedError, PayloadLostError, SnapshotError
+from opd_ray.errors import ActorDiedError, CheckpointError, PayloadLostError
 from opd_ray.replay.payload_io import PayloadFile, read_payload, write_payload
 
 PAYLOADS_PER_TASK = 32
@@ -69,7 +69,7 @@ class RayPayloads:
             single = zip(refs, paths, strict=True)
             return [(await self._write_on(node, [ref], [path]))[0] for ref, path in single]
         except RayError as error:
-            raise SnapshotError(
+            raise CheckpointError(
                 f"payloads cannot be written by a Ray task ({type(error).__name__}): start again"
             ) from error
         await asyncio.to_thread(_require_visible, paths)
@@ -86,9 +86,9 @@ class RayPayloads:
                 try:
                     await remote_result(checked, _NAME, self._deadline_s)
                 except PayloadLostError as error:
-                    raise SnapshotError(str(error)) from error
+                    raise CheckpointError(str(error)) from error
                 except RayError as error:
-                    raise SnapshotError(
+                    raise CheckpointError(
                         f"payloads cannot be read by a Ray task ({type(error).__name__}): start again"
                     ) from error
                 return list(refs)
@@ -121,7 +121,7 @@ def _nodes_of(refs: Sequence[Any]) -> dict[int, str | None]:
 def _require_visible(paths: Sequence[Path]) -> None:
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise SnapshotError(
+        raise CheckpointError(
             f"{missing[0]} was written on another node and is not seen here: choose a runs_dir on storage that all "
             "nodes share under the same path"
         )

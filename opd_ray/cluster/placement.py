@@ -1,4 +1,4 @@
-"""Ray placement groups: one a role, one bundle a worker, so that a lost node's workers are placed anew one by one.
+"""Ray placement groups: one a role, one bundle a worker, so that a lost node's workers are placed again one by one.
 
 A bundle is one worker's whole share: also an engine that is split over several GPUs has them on one node.
 """

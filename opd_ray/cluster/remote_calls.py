@@ -38,9 +38,9 @@ def start_named(actor_class: Any, name: str, options: dict[str, Any], args: Sequ
 async def remote_result(ref: Any, actor: str, deadline_s: float | None) -> Any:
     """Await an object reference; `deadline_s` None: as long as it takes.
 
-    Raises the actor's own `OpdError`, `PayloadLostError` when what it was handed is gone with a node, `ActorDiedError`
-    when its process ended or its answer is gone with its node, `DeadlineError` when it gave no answer, and `ActorError`
-    when it failed in any other way.
+    Raises the actor's own `OpdError`, `PayloadLostError` when what it was handed was lost with its node,
+    `ActorDiedError` when its process ended or its answer is gone with its node, `DeadlineError` when it gave no answer,
+    and `ActorError` when it failed in any other way.
     """
     try:
         # Not wait_for: before Python 3.12 it can swallow a cancellation that meets the result.
@@ -56,7 +56,9 @@ async def remote_result(ref: Any, actor: str, deadline_s: float | None) -> Any:
         if isinstance(cause, OpdError):
             raise cause from None
         if isinstance(cause, ObjectLostError):
-            raise PayloadLostError(f"what actor {actor} was handed is gone with a node: have it made again") from error
+            raise PayloadLostError(
+                f"what actor {actor} was handed was lost with its node: have it made again"
+            ) from error
         raise actor_failed(actor, type(cause).__name__, str(cause if cause is not None else error), error) from error
     except ObjectLostError as error:
         raise ActorDiedError(f"actor {actor} died, and its answer with its node: start again") from error

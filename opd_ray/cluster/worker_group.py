@@ -29,7 +29,7 @@ _INHERITED = ("HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT", "VLLM_LOGG
 PAYLOAD_ENV = {"RAY_max_direct_call_object_size": "2048"}
 
 # For workers that run whole models forward and backward: glibc keeps the memory of freed tensors. To have the pages of
-# every activation and gradient anew takes several percent of a teacher's time, and a third of an optimizer step.
+# every activation and gradient again takes several percent of a teacher's time, and a third of an optimizer step.
 MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 
@@ -146,8 +146,8 @@ class WorkerGroup:
         return self._restarts.used
 
     @property
-    def absent(self) -> set[int]:
-        """Workers that died and are not replaced yet; the group goes on with the others."""
+    def unavailable(self) -> set[int]:
+        """Workers that died and are not replaced yet; the group continues with the others."""
         return {index for index, task in self._replacements.items() if not task.done()}
 
     def replace(self, index: int, dead: Any, error: ActorDiedError) -> asyncio.Future[None]:
@@ -172,13 +172,13 @@ class WorkerGroup:
         self._replacements[index] = task
         return task
 
-    async def revive(self, index: int, dead: Any, error: ActorDiedError) -> None:
+    async def restart_worker(self, index: int, dead: Any, error: ActorDiedError) -> None:
         """`replace`, and wait until the new actor is prepared to serve."""
         await asyncio.shield(self.replace(index, dead, error))
 
     async def someone_serves(self) -> None:
         """Wait while all workers are absent; raises what ends a replacement."""
-        while len(self.absent) == len(self.workers):
+        while len(self.unavailable) == len(self.workers):
             done, _ = await asyncio.wait(self._replacements.values(), return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
@@ -193,7 +193,7 @@ class WorkerGroup:
                 await self.result(worker.ping.remote(), index)
                 await self.prepare(worker, index)
             except LearnerLostError:
-                # There are no weights to give it; with those that come it is tried anew.
+                # There are no weights to give it; with those that come it is tried again.
                 self._kill(worker)
                 del self._replacements[index]
                 raise
@@ -214,10 +214,10 @@ class WorkerGroup:
         warned = False
         while not await self._placement.is_placed(index):
             if not warned:
-                left = len(self.workers) - len(self.absent)
-                logger.warning("no node has room for %s-%d: going on with %d of its group", self.role, index, left)
+                left = len(self.workers) - len(self.unavailable)
+                logger.warning("no node has room for %s-%d: continuing with %d of its group", self.role, index, left)
                 warned = True
-            if len(self.absent) < len(self.workers):
+            if len(self.unavailable) < len(self.workers):
                 begun = None
             else:
                 begun = begun or time.monotonic()

@@ -30,7 +30,7 @@ COST_FIGURES = (STEPS, TRAINING_S, WALL_S, TOKENS_PER_S, LOSS_TOKENS)
 _GATED_CURVES = frozenset(GATE_FIGURES)
 _CURVES = (KL_TO_TEACHER, LOSS, *GATE_FIGURES, STALENESS)
 _SMOOTHED = frozenset((KL_TO_TEACHER, LOSS, STALENESS))
-"""Staleness goes up and down with each visit; its level is what tells variants apart."""
+"""Staleness goes up and down with each use; its level is what tells variants apart."""
 _AVG_AT = re.compile(r"evaluation/avg_at_[0-9]+")
 _MAX_POINTS = 300
 

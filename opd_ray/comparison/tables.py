@@ -168,7 +168,7 @@ def cost_table(condition: ConditionResult) -> Table:
         "loss tokens": (LOSS_TOKENS, _digits(0)),
     }
     note = (
-        "Mean over seeds [lowest, highest]. Tokens/s: response tokens that were trained on, each visit counted, a "
+        "Mean over seeds [lowest, highest]. Tokens/s: response tokens that were trained on, each use counted, a "
         "second of training; seconds of a resumed run are those since it was resumed."
     )
     return _figure_table("time and tokens", condition, columns, note)

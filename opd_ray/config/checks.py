@@ -13,7 +13,6 @@ from opd_ray.config.choices import (
     GateControl,
     GateKind,
     GateNormalize,
-    ObjectiveKind,
     Offload,
     ReplayOrder,
     StalePolicy,
@@ -22,6 +21,7 @@ from opd_ray.config.choices import (
     TeacherBackend,
     Template,
 )
+from opd_ray.config.registry import LOSSES, Needs
 from opd_ray.config.schema import RolloutConfig, RunConfig, TeacherConfig
 from opd_ray.errors import ConfigError
 
@@ -38,7 +38,7 @@ def check_config(cfg: RunConfig) -> None:
 
 
 def check_ranges(part: Any, prefix: str = "") -> None:
-    """Raise `ConfigError` unless every field of a dataclass of settings, and of its parts, is in its range."""
+    """Raise `ConfigError` unless every field of a dataclass of settings, and of its parts, has an allowed value."""
     for key, value, meta in _leaves(part, prefix):
         _check_range(key, value, meta)
 
@@ -54,6 +54,8 @@ def _leaves(part: Any, prefix: str) -> Iterator[tuple[str, Any, dict[str, Any]]]
 
 
 def _check_range(key: str, value: Any, meta: dict[str, Any]) -> None:
+    if "names" in meta and value not in meta["names"].names:
+        raise ConfigError(f"{key}={value} is unknown: give one of {', '.join(meta['names'].names)}")
     low, above, high = meta.get("ge"), meta.get("gt"), meta.get("le")
     if low is None and above is None and high is None:
         return
@@ -118,9 +120,9 @@ def _check_split_models(cfg: RunConfig) -> None:
             f"teacher.tensor_parallel={teacher.tensor_parallel} with teacher.backend=transformers, which runs in one "
             "process: set teacher.backend=vllm, or teacher.tensor_parallel=1"
         )
-    if teacher.backend is TeacherBackend.vllm and teacher.support is Support.student_topk:
+    if teacher.backend is TeacherBackend.vllm and teacher.scored is Support.student_topk:
         raise ConfigError(
-            "teacher.support=student_topk with teacher.backend=vllm, which scores its own top K only: set "
+            f"teacher.support={teacher.support} with teacher.backend=vllm, which scores its own top K only: set "
             "teacher.backend=transformers"
         )
     if cfg.learner.offload is Offload.parameters and cfg.learner.zero_stage != 3:
@@ -132,24 +134,23 @@ def _check_split_models(cfg: RunConfig) -> None:
 
 def _check_objective(cfg: RunConfig) -> None:
     objective, kind = cfg.objective, cfg.objective.kind
-    renormalized = kind in (ObjectiveKind.lsm, ObjectiveKind.jsd) or (
-        kind is ObjectiveKind.forward_kl and objective.renormalize
-    )
-    if renormalized and cfg.teacher.top_k < 2:
+    # Without the log-sum-exp a loss can only compare what is renormalised.
+    if objective.needs is Needs.support_logits and cfg.teacher.top_k < 2:
         raise ConfigError(
-            f"teacher.top_k={cfg.teacher.top_k} with objective.kind={kind.name}: the renormalised loss over one id is "
+            f"teacher.top_k={cfg.teacher.top_k} with objective.kind={kind}: the renormalised loss over one id is "
             "always zero; give a value >= 2"
         )
-    if kind is ObjectiveKind.opd and objective.include_sampled:
-        raise ConfigError(
-            "objective.include_sampled=true with objective.kind=opd, which looks at no support: choose lsm, "
-            "forward_kl, tail_kl or jsd"
-        )
-    if kind is ObjectiveKind.opd and cfg.teacher.support is not Support.teacher_topk:
-        raise ConfigError(
-            f"teacher.support={cfg.teacher.support.name} with objective.kind=opd, which looks at no support: choose "
-            "lsm, forward_kl, tail_kl or jsd"
-        )
+    if objective.needs is Needs.sampled_logprobs:
+        for key, value, unset in (
+            ("objective.include_sampled", str(objective.include_sampled).lower(), "false"),
+            ("teacher.support", cfg.teacher.support, "teacher_topk"),
+        ):
+            if value != unset:
+                others = [name for name in LOSSES.names if LOSSES.declared(name, "NEEDS", Needs) is not objective.needs]
+                raise ConfigError(
+                    f"{key}={value} with objective.kind={kind}, which looks at no support: choose one of "
+                    f"{', '.join(others)}"
+                )
     names = [rule.name for rule in objective.mask_rules]
     if len(set(names)) < len(names):
         raise ConfigError(f"objective.mask_rules={names} names a rule twice: name each once")
@@ -193,10 +194,10 @@ def _check_gate(cfg: RunConfig) -> None:
             "gate.calibrate=true with gate.behavior_source=learner and replay.max_staleness=0: no drift is measured "
             "against the engine; set gate.behavior_source=rollout, or leave it out"
         )
-    if gate.drift_tokens and cfg.objective.kind is ObjectiveKind.opd:
+    if gate.drift_tokens and cfg.objective.needs is Needs.sampled_logprobs:
         raise ConfigError(
-            f"gate.drift_tokens={gate.drift_tokens} with objective.kind=opd, which computes every token's log-prob "
-            "anyway: give gate.drift_tokens=0"
+            f"gate.drift_tokens={gate.drift_tokens} with objective.kind={cfg.objective.kind}, which computes every "
+            "token's log-prob anyway: give gate.drift_tokens=0"
         )
 
 
@@ -223,7 +224,7 @@ def announcements(cfg: RunConfig) -> list[str]:
     """What is allowed and biases the result: one line each, to be said once at start-up."""
     said = []
     rollout = cfg.rollout
-    ratio_based = cfg.objective.kind is ObjectiveKind.opd
+    ratio_based = cfg.objective.needs is Needs.sampled_logprobs
     if rollout.temperature != 1.0:
         said.append(
             f"rollout.temperature={rollout.temperature:g}: log-probs are taken at temperature 1, so samples are not "
@@ -231,8 +232,8 @@ def announcements(cfg: RunConfig) -> list[str]:
         )
     if rollout.top_p < 1.0 and ratio_based:
         said.append(
-            f"rollout.top_p={rollout.top_p:g} with objective.kind=opd: ratios are of the full distribution, samples of "
-            "its nucleus; the truncation is not corrected"
+            f"rollout.top_p={rollout.top_p:g} with objective.kind={cfg.objective.kind}: ratios are of the full "
+            "distribution, samples of its nucleus; the truncation is not corrected"
         )
     engine_drift = cfg.gate.behavior_source is BehaviorSource.rollout or cfg.replay.max_staleness > 0
     if cfg.gate.kind is not GateKind.off and cfg.replay.reuse == 1 and cfg.replay.max_staleness == 0:

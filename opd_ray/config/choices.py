@@ -5,25 +5,11 @@ from __future__ import annotations
 from enum import StrEnum
 
 
-class ObjectiveKind(StrEnum):
-    """The loss at a position.
-
-    `opd`: policy gradient on the sampled token. Over the K ids of the support: `lsm`, the renormalised reverse KL;
-    `forward_kl`, the teacher's top-K cross-entropy; `tail_kl`, KL over K + 1 bins; `jsd`, generalised Jensen-Shannon.
-    """
-
-    lsm = "lsm"
-    opd = "opd"
-    forward_kl = "forward_kl"
-    tail_kl = "tail_kl"
-    jsd = "jsd"
-
-
 class OnNewWeights(StrEnum):
     """What becomes of an engine's running requests when new weights arrive.
 
-    `partial`: they go on with the new weights, and each token says which version made it; `finish`: they end with the
-    old weights first; `abort`: they are thrown away and sampled again from the start with the new weights.
+    `partial`: they continue with the new weights, and each token says which version made it; `finish`: they end with
+    the old weights first; `abort`: they are thrown away and sampled again from the start with the new weights.
     """
 
     partial = "partial"
@@ -32,7 +18,7 @@ class OnNewWeights(StrEnum):
 
 
 class Support(StrEnum):
-    """Whose K most probable ids the loss looks at: the teacher's, or the sampling student's."""
+    """Whose K most probable ids the teacher scores: its own, or the sampling student's."""
 
     teacher_topk = "teacher_topk"
     student_topk = "student_topk"
@@ -120,20 +106,11 @@ class TauMode(StrEnum):
 
 
 class GateControl(StrEnum):
-    """Controls that tell gating from re-weighting noise: the step's gates permuted, or drawn anew from them."""
+    """Controls that tell gating from re-weighting noise: the step's gates permuted, or drawn again from them."""
 
     none = "none"
     shuffle = "shuffle"
     noise = "noise"
-
-
-class DriftStatistic(StrEnum):
-    """How a segment's drift is reduced to one number."""
-
-    signed_mean = "signed_mean"
-    mean_abs = "mean_abs"
-    rms = "rms"
-    k3 = "k3"
 
 
 class GateNormalize(StrEnum):
@@ -145,7 +122,7 @@ class GateNormalize(StrEnum):
 
 
 class BehaviorSource(StrEnum):
-    """Whose log-probs stand for the behaviour student in the drift: the engine's or the learner's own first visit."""
+    """Whose log-probs stand for the behaviour student in the drift: the engine's or the learner's own first use."""
 
     rollout = "rollout"
     learner = "learner"
@@ -175,8 +152,8 @@ class HeadKernel(StrEnum):
 class ReplayOrder(StrEnum):
     """Which ready trajectories train next.
 
-    `fifo`: the oldest slots; `freshest`: those with the newest policy version; `weighted`: a seeded draw with weight
-    1 / (1 + staleness).
+    `fifo`: the oldest trajectories; `freshest`: those with the newest policy version; `weighted`: a seeded draw with
+    weight 1 / (1 + staleness).
     """
 
     fifo = "fifo"

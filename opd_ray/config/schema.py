@@ -14,7 +14,6 @@ from opd_ray.config.choices import (
     AnswerFormat,
     BehaviorSource,
     Direction,
-    DriftStatistic,
     Dtype,
     GateControl,
     GateKind,
@@ -23,7 +22,6 @@ from opd_ray.config.choices import (
     LogprobDtype,
     LrSchedule,
     MaskRule,
-    ObjectiveKind,
     Offload,
     OnNewWeights,
     Overlong,
@@ -36,16 +34,10 @@ from opd_ray.config.choices import (
     Template,
     WandbMode,
 )
+from opd_ray.config.registry import LOSSES, STATISTICS, SUPPORTS, Needs, Registry
 
 
-def ranged(
-    default: Any,
-    doc: str,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-) -> Any:
+def ranged(default: Any, doc: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None) -> Any:
     """A dataclass field with a one-line doc and a range that `config_checks.check_config` enforces."""
     return field(default=default, metadata={"doc": doc, "ge": ge, "gt": gt, "le": le})
 
@@ -53,6 +45,11 @@ def ranged(
 def documented(default: Any, doc: str) -> Any:
     """A dataclass field with a one-line doc and no numeric range."""
     return field(default=default, metadata={"doc": doc})
+
+
+def named(default: str, registry: Registry, doc: str) -> Any:
+    """A dataclass field with a one-line doc that holds one of the registry's names."""
+    return field(default=default, metadata={"doc": f"{doc}: a module of {registry.folder}", "names": registry})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,7 +68,7 @@ class TeacherConfig:
     dtype: Dtype = documented(Dtype.float32, "dtype of the teacher's weights")
     template: Template = documented(Template.completion, "template of the prompt that the teacher sees")
     top_k: int = ranged(32, "support ids a position, K", ge=1)
-    support: Support = documented(Support.teacher_topk, "whose K most probable ids are scored")
+    support: str = named("teacher_topk", SUPPORTS, "ids that the loss looks at")
     num_workers: int = ranged(1, "teacher actors", ge=1)
     num_cpus: float = ranged(0.0, "CPUs of one worker, 0 = an even share; whole CPUs are its threads", ge=0)
     num_gpus: float = ranged(0.0, "GPUs of one worker", ge=0)
@@ -80,6 +77,11 @@ class TeacherConfig:
     tensor_parallel: int = ranged(1, "`backend=vllm`: processes (GPUs) that one worker's model is split over", ge=1)
     kv_cache_gib: int = ranged(1, "`backend=vllm`: KV cache of a worker on CPU, GiB", ge=1)
     gpu_memory_utilization: float = ranged(0.6, "`backend=vllm`: share of a GPU that a worker may take", gt=0, le=1)
+
+    @property
+    def scored(self) -> Support:
+        """Whose ids the teacher scores, as the support declares; raises `ConfigError`."""
+        return SUPPORTS.declared(self.support, "SCORED", Support)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -129,11 +131,11 @@ class RolloutConfig(EngineConfig):
 class ReplayConfig:
     """The replay store."""
 
-    max_staleness: int = ranged(0, "optimizer steps a trajectory may be old at its first visit; 0 = lock-step", ge=0)
+    max_staleness: int = ranged(0, "optimizer steps a trajectory may be old at its first use; 0 = lock-step", ge=0)
     reuse: int = ranged(2, "optimizer steps that each trajectory is used for", ge=1)
     order: ReplayOrder = documented(ReplayOrder.fifo, "which ready trajectories train next")
     stale: StalePolicy = documented(StalePolicy.wait, "whether slow trajectories are waited for, dropped or gated")
-    hard_staleness: int = ranged(0, "with stale=gate: drop above this staleness at the first visit; else 0", ge=0)
+    hard_staleness: int = ranged(0, "with stale=gate: drop above this staleness at the first use; else 0", ge=0)
     max_bytes: int = ranged(0, "bytes of stored and expected payloads above which generation waits, 0 = any", ge=0)
     spill_bytes: int = ranged(0, "bytes of payloads in memory above which the rest go to files, 0 = never", ge=0)
     logprob_dtype: LogprobDtype = documented(LogprobDtype.float16, "dtype of stored teacher top-K log-probs")
@@ -167,7 +169,7 @@ class LearnerConfig:
 class ObjectiveConfig:
     """The loss at a position, and the positions that have one."""
 
-    kind: ObjectiveKind = documented(ObjectiveKind.lsm, "which loss")
+    kind: str = named("lsm", LOSSES, "which loss")
     advantage: Advantage = documented(Advantage.frozen, "advantage of `opd`")
     clip_low: float = ranged(0.2, "PPO clip below 1, `opd` with a frozen advantage", gt=0, le=1)
     clip_high: float = ranged(0.2, "PPO clip above 1, `opd` with a frozen advantage", gt=0)
@@ -181,6 +183,12 @@ class ObjectiveConfig:
     )
     entropy_top_share: float = ranged(1.0, "share of a response's positions kept, by student entropy", gt=0, le=1)
 
+    @property
+    def needs(self) -> Needs:
+        """What the loss reads of the student, as it declares; raises `ConfigError`."""
+        changes = self.renormalize and LOSSES.declares(self.kind, "NEEDS_RENORMALIZED")
+        return LOSSES.declared(self.kind, "NEEDS_RENORMALIZED" if changes else "NEEDS", Needs)
+
 
 @dataclass(kw_only=True, slots=True)
 class GateConfig:
@@ -193,7 +201,7 @@ class GateConfig:
     memory: float = ranged(
         0.9, "decay a step of the running quantile and of the running engine mismatch", ge=0, le=0.999
     )
-    statistic: DriftStatistic = documented(DriftStatistic.signed_mean, "a segment's drift")
+    statistic: str = named("signed_mean", STATISTICS, "a segment's drift")
     normalize: GateNormalize = documented(GateNormalize.step, "tokens over which the weights have mean one")
     behavior_source: BehaviorSource = documented(BehaviorSource.learner, "whose behaviour log-probs drift is against")
     calibrate: bool = documented(False, "take the running engine mismatch off drift against the engine's log-probs")
@@ -233,7 +241,7 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """What a run leaves behind to go on from."""
+    """What a run leaves behind to continue from."""
 
     every: int = ranged(0, "optimizer steps between checkpoints, 0 = none", ge=0)
     keep: int = ranged(1, "newest checkpoints that are kept", ge=1)
@@ -244,7 +252,7 @@ class FaultConfig:
     """How much is put up with before the run ends."""
 
     max_restarts: int = ranged(3, "dead workers of a group that are replaced in a run; 0 = none", ge=0)
-    max_attempts: int = ranged(3, "times that a request is tried before its slots count as failed", ge=1)
+    max_attempts: int = ranged(3, "times that a request is tried before its trajectories count as failed", ge=1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -269,7 +277,7 @@ class TelemetryConfig:
     )
     min_support_mass: float = ranged(0.5, "alarm where the student's mean mass on the support is below", ge=0, le=1)
     max_loop_lag_s: float = ranged(1.0, "alarm where the controller's event loop runs later than this (p99, s)", ge=0)
-    dump_trajectories: int = ranged(
+    record_trajectories: int = ranged(
         0, "trajectories of a step that are written to the run folder for `opd_ray.inspect`, 0 = none", ge=0
     )
 
@@ -312,7 +320,7 @@ class RunConfig:
     @property
     def student_top_k(self) -> int:
         """How many of the student's own most probable ids a trajectory carries at each position."""
-        return self.teacher.top_k if self.teacher.support is Support.student_topk else 0
+        return self.teacher.top_k if self.teacher.scored is Support.student_topk else 0
 
     @property
     def run_name(self) -> str:

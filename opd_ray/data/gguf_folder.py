@@ -34,7 +34,7 @@ def convert(gguf: Path, folder: Path) -> int:
             f"{str(gguf)!r} cannot be read as a causal language model ({' '.join(str(error).split())[:200]}): "
             "check the file, and that the package gguf is installed"
         ) from error
-    # A model that remembers where it came from would ask for the GGUF file again: build it anew from its config.
+    # A model that remembers where it came from would ask for the GGUF file again: build it again from its config.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

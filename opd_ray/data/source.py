@@ -19,7 +19,7 @@ def epoch_order(num_prompts: int, seed: int, epoch: int) -> list[int]:
 
 
 class PromptSource:
-    """An iterator over `prompts`, `epochs` times (None: endlessly), shuffled anew each time by `seed`.
+    """An iterator over `prompts`, `epochs` times (None: endlessly), shuffled again each time by `seed`.
 
     ``next(source)`` is the next prompt with its `epoch` set, and raises `StopIteration` after the last.
     Raises `DataError` when there are no prompts or two have the same id.

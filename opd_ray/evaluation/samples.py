@@ -1,4 +1,4 @@
-"""Every sample of an evaluation as a row of Parquet, so that verdicts can be looked at, compared, and made anew."""
+"""Every sample of an evaluation as a row of Parquet, so that verdicts can be looked at, compared, and made again."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from opd_ray.config.choices import ObjectiveKind, TauMode
+from opd_ray.config.choices import TauMode
+from opd_ray.config.registry import Needs
 from opd_ray.config.schema import GateConfig, ObjectiveConfig
 
 # The model's input, and of the sampled tokens both sides of the KL to the teacher that every step reports.
@@ -16,7 +17,7 @@ def learner_columns(objective: ObjectiveConfig, gate: GateConfig, *, probes: boo
     (``telemetry.probe_positions``), which takes the support's ids whatever the objective.
     """
     names = list(_ALWAYS)
-    uses_support = objective.kind is not ObjectiveKind.opd
+    uses_support = objective.needs is not Needs.sampled_logprobs
     if uses_support or probes:
         names.append("teacher_topk_ids")
     if uses_support:

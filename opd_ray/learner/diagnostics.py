@@ -22,7 +22,7 @@ Metrics = dict[str, float | Histogram]
 
 
 @dataclass(frozen=True, slots=True)
-class TokenFacts:
+class TokenStats:
     """The valid response tokens of some trajectories, all [N].
 
     `position` is the token's response position over the response's length, in [0, 1). `weight` is its weight before the
@@ -56,7 +56,7 @@ class SegmentFacts:
 class ProbeFacts:
     """Positions at which the student's full distribution was looked at, all [M].
 
-    `position` as in `TokenFacts`, `support_mass` the student's probability of the teacher's K ids, `overlap` the share
+    `position` as in `TokenStats`, `support_mass` the student's probability of the teacher's K ids, `overlap` the share
     of these that are among the student's own top K, `entropy` the student's, in nats.
     """
 
@@ -124,7 +124,7 @@ class StepDiagnostics:
     @classmethod
     def of(
         cls,
-        tokens: Sequence[TokenFacts],
+        tokens: Sequence[TokenStats],
         segments: Sequence[SegmentFacts],
         probes: Sequence[ProbeFacts],
         *,
@@ -182,7 +182,7 @@ class StepDiagnostics:
             metrics |= self._support_metrics(min_support_mass)
         return {key: value for key, value in metrics.items() if isinstance(value, Histogram) or math.isfinite(value)}
 
-    def _add_tokens(self, facts: TokenFacts, weight_scale: float) -> None:
+    def _add_tokens(self, facts: TokenStats, weight_scale: float) -> None:
         weight = facts.weight * weight_scale
         decile = _deciles(facts.position)
         self.weights.add(weight)
@@ -198,7 +198,7 @@ class StepDiagnostics:
         self.drift.add(drift[used & facts.measured])
         self.drift_by_staleness.add(facts.staleness[used], drift[used])
 
-    def _relate(self, tokens: TokenFacts, segments: SegmentFacts | None) -> None:
+    def _relate(self, tokens: TokenStats, segments: SegmentFacts | None) -> None:
         """Gate against mean KL of each measured segment, weighted by its tokens."""
         size = 0 if segments is None else len(segments.gate)
         inside = tokens.segment >= 0

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from opd_ray.learner.diagnostics import ProbeFacts, SegmentFacts, TokenFacts
+from opd_ray.learner.diagnostics import ProbeFacts, SegmentFacts, TokenStats
 from opd_ray.learner.microbatch import Microbatch
-from opd_ray.learner.step_gate import Weighed
+from opd_ray.learner.step_gate import TokenWeights
 
 
 def _numpy(values: Tensor, dtype: type) -> npt.NDArray[Any]:
@@ -27,14 +27,14 @@ def _relative_positions(batch: Microbatch) -> npt.NDArray[np.float64]:
     return np.concatenate([np.arange(length) / length for length in batch.block.lengths])
 
 
-def token_facts(batch: Microbatch, weighed: Weighed, *, is_gated: bool) -> TokenFacts:
+def token_facts(batch: Microbatch, weighed: TokenWeights, *, is_gated: bool) -> TokenStats:
     """The valid tokens; segments are numbered as in `segment_facts`, and -1 without a gate."""
     valid = batch.valid.cpu().numpy()
     num_segments = weighed.gate.segment_tokens.shape[1]
     row, _ = batch.block.row_index
     segment = batch.to_tokens(weighed.segments) + row * num_segments if is_gated else torch.full_like(row, -1)
     staleness = np.repeat([info.staleness for info in batch.infos], batch.block.lengths)
-    return TokenFacts(
+    return TokenStats(
         position=_relative_positions(batch)[valid],
         weight=_numpy(batch.to_tokens(weighed.gate.token_weights), np.float64)[valid],
         kl=_numpy(batch.engine_logprobs - batch.teacher_logprobs, np.float64)[valid],
@@ -43,7 +43,7 @@ def token_facts(batch: Microbatch, weighed: Weighed, *, is_gated: bool) -> Token
     )
 
 
-def segment_facts(batch: Microbatch, weighed: Weighed) -> SegmentFacts:
+def segment_facts(batch: Microbatch, weighed: TokenWeights) -> SegmentFacts:
     """All segments, row after row."""
     shape = weighed.gate.segment_tokens.shape
     staleness = np.repeat([info.staleness for info in batch.infos], shape[1])

@@ -24,7 +24,7 @@ from opd_ray.learner.spec import ROLE, LearnerSpec, LostTrajectories, RankBatch,
 from opd_ray.learner.step_report import RankReport
 from opd_ray.planning.placement import Share
 from opd_ray.replay.batch import SampledBatch
-from opd_ray.types import WeightsReceipt
+from opd_ray.types import WeightsMeta
 
 if TYPE_CHECKING:
     from opd_ray.learner.trainer import Trainer
@@ -84,20 +84,22 @@ class LearnerWorker:
         return self._trainer
 
     def train_step(self, batch: RankBatch, refs: Sequence[Any]) -> RankReport | LostTrajectories:
-        """Hops 9 to 11: one optimizer step; every rank must be called.
+        """Stages 9 to 11: one optimizer step; every rank must be called.
 
         `refs` are the payloads' references in a list, which Ray leaves alone: where Ray itself fetched them, a lost one
         would end this call before it begins, and the other ranks would wait for this one in their first collective.
         Instead the ranks agree, when all have tried, whether each has what it needs; if not, nothing has changed.
         """
         payloads, lost = _fetched(refs)
-        slots = tuple(batch.infos[place].slot for place, (payload, _) in batch.rows.items() if payload in lost)
+        trajectory_ids = tuple(
+            batch.infos[place].trajectory_id for place, (payload, _) in batch.rows.items() if payload in lost
+        )
         if self.trainer.any_rank(bool(lost)):
-            return LostTrajectories(slots)
+            return LostTrajectories(trajectory_ids)
         return self.trainer.train_step(batch, payloads)
 
-    def export(self, policy_version: int) -> tuple[WeightsReceipt | WeightBucket, ...] | None:
-        """Hop 12: a receipt and the weights in buckets (rank 0; None elsewhere); every rank must be called.
+    def export(self, policy_version: int) -> tuple[WeightsMeta | WeightBucket, ...] | None:
+        """Stage 12: metadata and the weights in buckets (rank 0; None elsewhere); every rank must be called.
 
         Call it with ``num_returns`` of one more than the buckets: each then lies in the object store as a value of its
         own, which belongs to the caller, and so outlives this process.
@@ -108,19 +110,19 @@ class LearnerWorker:
         if self._spec.rank:
             return None
         num_bytes = sum(bucket.data.nbytes for bucket in buckets)
-        return WeightsReceipt(policy_version, combined_checksum(buckets), num_bytes), *buckets
+        return WeightsMeta(policy_version, combined_checksum(buckets), num_bytes), *buckets
 
     def save(self, folder: str) -> None:
         """Write the student with `save_pretrained` (rank 0); every rank must be called."""
         self.trainer.save(Path(folder))
 
-    def save_state(self, folder: str) -> None:
+    def save_checkpoint(self, folder: str) -> None:
         """Write what an exact resume needs into `folder`, which exists; every rank must be called."""
-        self.trainer.save_state(Path(folder))
+        self.trainer.save_checkpoint(Path(folder))
 
-    def load_state(self, folder: str) -> None:
+    def load_checkpoint(self, folder: str) -> None:
         """Go on from a saved state; every rank must be called."""
-        self.trainer.load_state(Path(folder))
+        self.trainer.load_checkpoint(Path(folder))
 
     def stop(self) -> None:
         """Leave the process group."""
@@ -133,23 +135,23 @@ class LearnerGroup(WorkerGroup):
 
     tokens_per_microbatch = 1
     reuse = 1
-    num_dumped = 0
+    num_recorded = 0
     _num_buckets = 1
     _takes_trees = False
 
     def __init__(self, role: str, deadline_s: float, max_restarts: int = 0) -> None:
         super().__init__(role, deadline_s, max_restarts)
-        # The ranks have not been told yet to forget these slots.
+        # The ranks have not been told yet to forget these trajectories.
         self._lost: list[int] = []
 
     @classmethod
-    def create(cls, cfg: RunConfig, share: Share, path: str, dump_folder: str = "") -> LearnerGroup:
-        """Start the ranks; returns at once (await `ready`). `dump_folder` as in `LearnerSpec`."""
+    def create(cls, cfg: RunConfig, share: Share, path: str, records_folder: str = "") -> LearnerGroup:
+        """Start the ranks; returns at once (await `ready`). `records_folder` as in `LearnerSpec`."""
         group = cls(ROLE, cfg.deadline_s, cfg.faults.max_restarts)
         group.tokens_per_microbatch = cfg.learner.tokens_per_microbatch
         group.reuse = cfg.replay.reuse
-        specs = [LearnerSpec(cfg, rank, path, share.threads, dump_folder) for rank in range(cfg.learner.num_ranks)]
-        group.num_dumped = specs[0].num_dumped
+        specs = [LearnerSpec(cfg, rank, path, share.threads, records_folder) for rank in range(cfg.learner.num_ranks)]
+        group.num_recorded = specs[0].num_recorded
         group.start(LearnerWorker, share, [(spec,) for spec in specs], MALLOC_ENV, cfg.placement.learner)
         return group
 
@@ -183,45 +185,52 @@ class LearnerGroup(WorkerGroup):
     async def train_step(self, batch: SampledBatch, policy_version: int) -> list[RankReport] | LostTrajectories:
         """One optimizer step from `policy_version` on, in microbatches of at most the token budget.
 
-        When a payload is gone with a node no rank makes the step, and the answer says which trajectories are lost.
+        When a payload was lost with its node no rank makes the step, and the answer says which trajectories are lost.
         """
         lengths = [info.num_prompt_tokens + info.num_response_tokens for info in batch.infos]
-        prompts = [(info.prompt_id or f"slot {info.slot}", info.num_prompt_tokens) for info in batch.infos]
+        prompts = [
+            (info.prompt_id or f"trajectory {info.trajectory_id}", info.num_prompt_tokens) for info in batch.infos
+        ]
         plan = plan_microbatches(
             lengths, len(self.workers), self.tokens_per_microbatch, prompts if self._takes_trees else ()
         )
-        parts = rank_batches(batch, plan, policy_version, self.reuse, self.num_dumped, self._lost)
+        parts = rank_batches(batch, plan, policy_version, self.reuse, self.num_recorded, self._lost)
         calls = iter(
             worker.train_step.remote(part, refs) for worker, (part, refs) in zip(self.workers, parts, strict=True)
         )
         answers = await self.all(lambda _: next(calls))
-        lost = [slot for answer in answers if isinstance(answer, LostTrajectories) for slot in answer.slots]
+        lost = [
+            trajectory_id
+            for answer in answers
+            if isinstance(answer, LostTrajectories)
+            for trajectory_id in answer.trajectory_ids
+        ]
         if lost:
             self._lost += lost
             return LostTrajectories(tuple(sorted(lost)))
         self._lost = []
         return answers
 
-    async def export(self, policy_version: int) -> tuple[WeightsReceipt, list[Any]]:
-        """The current weights as receipt and bucket references, in the rollout engines' dtype."""
+    async def export(self, policy_version: int) -> tuple[WeightsMeta, list[Any]]:
+        """The current weights as metadata and bucket references, in the rollout engines' dtype."""
         first, *others = self.workers
-        receipt, *buckets = first.export.options(num_returns=1 + self._num_buckets).remote(policy_version)
-        refs = iter([receipt, *(worker.export.remote(policy_version) for worker in others)])
+        meta, *buckets = first.export.options(num_returns=1 + self._num_buckets).remote(policy_version)
+        refs = iter([meta, *(worker.export.remote(policy_version) for worker in others)])
         results = await self.all(lambda _: next(refs))
-        exported: WeightsReceipt = results[0]
+        exported: WeightsMeta = results[0]
         return exported, buckets
 
     async def save(self, folder: Path) -> None:
         """Write the student as a `save_pretrained` folder; `folder` appears whole or not at all."""
         await self.all(lambda worker: worker.save.remote(str(folder)))
 
-    async def save_state(self, folder: Path) -> None:
+    async def save_checkpoint(self, folder: Path) -> None:
         """Write what an exact resume needs into `folder`, which exists; raises `CheckpointError`."""
-        await self.all(lambda worker: worker.save_state.remote(str(folder)))
+        await self.all(lambda worker: worker.save_checkpoint.remote(str(folder)))
 
-    async def load_state(self, folder: Path) -> None:
+    async def load_checkpoint(self, folder: Path) -> None:
         """Go on from a saved state; raises `CheckpointError`, then nothing has changed."""
-        await self.all(lambda worker: worker.load_state.remote(str(folder)))
+        await self.all(lambda worker: worker.load_checkpoint.remote(str(folder)))
 
 
 def _fetched(refs: Sequence[Any]) -> tuple[list[Any], set[int]]:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from opd_ray.config.choices import GateKind
 from opd_ray.config.schema import RunConfig
-from opd_ray.learner.behavior_memory import BehaviorMemory
 from opd_ray.learner.facts import probe_positions
 from opd_ray.learner.losses import needs_logprobs, requested_ids
 from opd_ray.learner.microbatch import Microbatch
+from opd_ray.learner.old_logprobs import OldLogprobsCache
 from opd_ray.learner.policy_model import HeadRequest, LogprobMode
 from opd_ray.learner.step_gate import StepGate
 
@@ -21,7 +21,7 @@ from opd_ray.learner.step_gate import StepGate
 class HeadRequests:
     """Makes the requests of a rank's forward passes."""
 
-    def __init__(self, cfg: RunConfig, gate: StepGate, memory: BehaviorMemory) -> None:
+    def __init__(self, cfg: RunConfig, gate: StepGate, memory: OldLogprobsCache) -> None:
         self._cfg = cfg
         self._gate = gate
         self._memory = memory

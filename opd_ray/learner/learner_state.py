@@ -1,4 +1,4 @@
-"""All that the learner needs to go on as if it had never stopped, written to and read from a folder by all ranks.
+"""All that the learner needs to continue as if it had never stopped, written to and read from a folder by all ranks.
 
 A resumed run's losses equal the unbroken run's to the last bit with the same ranks and ZeRO stage; with others, up to
 rounding. The learning rate of the next step is the config's at that step.
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opd_ray.errors import CheckpointError
-from opd_ray.learner.behavior_memory import BehaviorMemory
+from opd_ray.learner.old_logprobs import OldLogprobsCache
 from opd_ray.learner.optimizer_shards import OptimizerShards
 from opd_ray.learner.saved_shards import SavedShards
 from opd_ray.learner.state_files import (
@@ -40,7 +40,7 @@ class LearnerState:
     """Saves and loads one rank's part; every rank must be called, between steps."""
 
     def __init__(
-        self, engine: Any, shards: OptimizerShards, memory: BehaviorMemory, gate: StepGate, device: torch.device
+        self, engine: Any, shards: OptimizerShards, memory: OldLogprobsCache, gate: StepGate, device: torch.device
     ) -> None:
         self._engine = engine
         self._shards = shards
@@ -62,7 +62,7 @@ class LearnerState:
                 write_tensors(folder, file_name("optimizer", self._rank), self._shards.tensors()),
                 write_tensors(folder, file_name("rank", self._rank), own),
             )
-        sizes = tuple((slot, len(logprobs)) for slot, logprobs in behavior.items())
+        sizes = tuple((trajectory_id, len(logprobs)) for trajectory_id, logprobs in behavior.items())
         part = RankPart(*files, tuple(self._shards.fragments()), tuple(self._shards.steps()), sizes)
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, part)
@@ -109,7 +109,7 @@ class LearnerState:
             )
 
     def _saved_behavior(self, folder: Path, index: StateIndex) -> dict[int, Tensor]:
-        """This rank's own log-probs by slot; those of all ranks where their number has changed."""
+        """This rank's own log-probs by trajectory; those of all ranks where their number has changed."""
         parts = index.ranks
         if len(parts) == dist.get_world_size():
             parts = parts[self._rank : self._rank + 1]
@@ -119,7 +119,10 @@ class LearnerState:
                 joined = open_tensors(folder / part.own.name).get_tensor(_BEHAVIOR).to(self._device)
                 pieces = torch.split(joined, [size for _, size in part.behavior])
                 # Copies, because a piece would keep all others alive.
-                found |= {slot: piece.clone() for (slot, _), piece in zip(part.behavior, pieces, strict=True)}
+                found |= {
+                    trajectory_id: piece.clone()
+                    for (trajectory_id, _), piece in zip(part.behavior, pieces, strict=True)
+                }
         return found
 
     def _restore_schedule(self, step: int) -> None:

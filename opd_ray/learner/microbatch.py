@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from opd_ray.config.registry import SUPPORTS
 from opd_ray.config.schema import ObjectiveConfig
 from opd_ray.learner.token_masks import TokenMasks
 from opd_ray.models.loading import PaddedRows, pad_rows
@@ -64,7 +65,7 @@ class Microbatch:
 
     @property
     def fresh(self) -> tuple[bool, ...]:
-        """For each trajectory: first visit at staleness 0, where drift is zero by definition."""
+        """For each trajectory: first use at staleness 0, where drift is zero by definition."""
         return tuple(info.is_fresh for info in self.infos)
 
     @property
@@ -144,8 +145,16 @@ def _token_staleness(rows: Sequence[TrainingRow], infos: Sequence[SampleInfo], d
     return torch.from_numpy(np.concatenate(found)).to(device) if len(found) == len(rows) else None
 
 
+def select_support(batch: Microbatch, name: str) -> Microbatch:
+    """The microbatch with the support called `name`: what leaves it has a teacher log-prob of -inf."""
+    if not batch.teacher_topk_logprobs.shape[1]:
+        return batch
+    logprobs = SUPPORTS.load(name).select(batch.support_ids, batch.teacher_topk_logprobs)
+    return replace(batch, teacher_topk_logprobs=logprobs)
+
+
 def select_positions(batch: Microbatch, cfg: ObjectiveConfig, masks: TokenMasks) -> Microbatch:
-    """The microbatch with the config's support, and without the tokens that its mask rules name."""
+    """The microbatch with the sampled tokens in its support, if set, and without those that the mask rules name."""
     if cfg.include_sampled:
         ids, logprobs = with_sampled_token(
             batch.support_ids, batch.teacher_topk_logprobs, batch.sampled_ids, batch.teacher_logprobs

@@ -2,7 +2,7 @@
 
 ZeRO 1 and 2 cut the flattened parameters of a group, one after the other, into equal parts; ZeRO 3 cuts every
 parameter by itself. Either way a rank holds flat float32 partitions, and each `Fragment` says which elements of which
-parameter lie where in them: all that is needed to go on with another stage or number of ranks.
+parameter lie where in them: all that is needed to continue with another stage or number of ranks.
 Imports torch and deepspeed: learner workers only.
 """
 

@@ -37,7 +37,7 @@ class HeadRequest:
     `support_ids` int64 [N, K]: logits with gradient. `logprob_at` int64 [M]: the positions whose constant log-prob is
     wanted (None: all; the others are NaN). `entropy`: of the full distribution, constant. `probe_at` int64 [M] with
     `probe_support` int64 [M, K]: positions whose full distribution is looked at. `watch_at` int64 [M] with
-    `watch_support` int64 [M, K]: the same of trajectories that are dumped, in more detail.
+    `watch_support` int64 [M, K]: the same of trajectories that are recorded, in more detail.
     """
 
     support_ids: Tensor | None = None

@@ -37,7 +37,7 @@ class StateFile:
 
 @dataclass(frozen=True, slots=True)
 class RankPart:
-    """What the index tells of one rank; `steps` are AdamW's by partition, `behavior` pairs of (slot, tokens)."""
+    """What the index tells of one rank; `steps` are AdamW's by partition, `behavior` pairs of (trajectory, tokens)."""
 
     optimizer: StateFile
     own: StateFile
@@ -99,7 +99,7 @@ def read_index(folder: Path) -> StateIndex:
         raise CheckpointError(f"{path} is damaged (wrong checksum): {_OLDER}")
     if body.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} has format {body.get('format')} and {FORMAT} is expected: go on with the version that wrote it"
+            f"{path} has format {body.get('format')} and {FORMAT} is expected: continue with the version that wrote it"
         )
     return StateIndex(body["parameters"], body["shared"], tuple(_rank_part(part) for part in body["ranks"]))
 
@@ -110,7 +110,7 @@ def _rank_part(part: dict[str, Any]) -> RankPart:
         own=StateFile(**part["own"]),
         fragments=tuple(Fragment(**fragment) for fragment in part["fragments"]),
         steps=tuple(part["steps"]),
-        behavior=tuple((slot, size) for slot, size in part["behavior"]),
+        behavior=tuple((trajectory_id, size) for trajectory_id, size in part["behavior"]),
     )
 
 

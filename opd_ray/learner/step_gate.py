@@ -18,10 +18,10 @@ from torch import Tensor
 from opd_ray.config.choices import BehaviorSource, GateControl, GateKind, GateNormalize, TauMode
 from opd_ray.config.schema import GateConfig
 from opd_ray.errors import DivergedError
-from opd_ray.learner.behavior_memory import Behavior
 from opd_ray.learner.microbatch import Microbatch, Segmentation
+from opd_ray.learner.old_logprobs import Behavior
 from opd_ray.learner.token_weights import (
-    Strength,
+    GateParams,
     baseline_weights,
     drifting_rows,
     gate_by_drift,
@@ -42,7 +42,7 @@ from opd_ray.objective import (
 
 
 @dataclass(frozen=True, slots=True)
-class Weighed:
+class TokenWeights:
     """Weights of a microbatch: the gate, its segments [B, T], and which trajectories have a measured drift.
 
     `sampling_error` [B, S] is the standard error of a drift that was measured on some of its segment's tokens, in nats.
@@ -87,11 +87,11 @@ class StepGate:
         self._seen = _Seen()
 
     @property
-    def strength(self) -> Strength:
+    def strength(self) -> GateParams:
         """tau and the mismatch to take off, as they are in this step."""
         cfg = self._cfg
         tau = quantile_tau(cfg.tau, self._drift_quantile.value) if cfg.tau_mode is TauMode.quantile else cfg.tau
-        return Strength(tau, (self._mismatch.value or 0.0) if cfg.calibrate else 0.0)
+        return GateParams(tau, (self._mismatch.value or 0.0) if cfg.calibrate else 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs between two steps, the same on all ranks; JSON-able."""
@@ -110,11 +110,11 @@ class StepGate:
         ids = segment_ids(batch, self._cfg, self._newline_tokens)
         return replace(batch, segmentation=Segmentation(ids, measured_tokens(batch, self._cfg, ids)))
 
-    def weigh(self, batch: Microbatch, current: Tensor | None, behavior: Behavior) -> Weighed:
+    def weigh(self, batch: Microbatch, current: Tensor | None, behavior: Behavior) -> TokenWeights:
         """Weights before the step's normaliser; `current` [N] log-probs, None if nothing can have drifted."""
         segments, error = batch.segments.ids, None
         if self._cfg.kind is GateKind.off or current is None:
-            return Weighed(gate_without_drift(batch), segments, (False,) * len(batch.infos))
+            return TokenWeights(gate_without_drift(batch), segments, (False,) * len(batch.infos))
         if not self._cfg.kind.is_drift_gate:
             gate = baseline_weights(batch, self._cfg, current, behavior, loss_has_ratio=self._loss_has_ratio)
         else:
@@ -124,7 +124,7 @@ class StepGate:
             self._remember_mismatch(batch, current)
         measured = tuple(not fresh for fresh in batch.fresh)
         self._remember_drift(batch, gate, measured)
-        return Weighed(gate, segments, measured, error)
+        return TokenWeights(gate, segments, measured, error)
 
     @property
     def weighs_fresh(self) -> bool:
@@ -138,7 +138,9 @@ class StepGate:
         cfg = self._cfg
         return (cfg.control is not GateControl.none or cfg.max_weight > 0) and not is_fresh
 
-    def plan(self, drafts: Sequence[tuple[Microbatch, Weighed] | None], policy_version: int) -> list[Weighed | None]:
+    def plan(
+        self, drafts: Sequence[tuple[Microbatch, TokenWeights] | None], policy_version: int
+    ) -> list[TokenWeights | None]:
         """Final weights of this rank's microbatches from all ranks' drafts (None: a placeholder's).
 
         Every rank must call it. Independent of how trajectories are spread over ranks and microbatches.
@@ -227,7 +229,7 @@ def _used_segments(batch: Microbatch, gate: GateResult, values: Tensor) -> list[
     ]
 
 
-def _with_weights(batch: Microbatch, weighed: Weighed, weights: dict[int, Tensor]) -> Weighed:
+def _with_weights(batch: Microbatch, weighed: TokenWeights, weights: dict[int, Tensor]) -> TokenWeights:
     """The draft with the planned weights in place of its own."""
     gate = weighed.gate
     table = torch.zeros_like(gate.segment_gate)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from opd_ray.learner.behavior_memory import Behavior
-from opd_ray.learner.diagnostics import ProbeFacts, SegmentFacts, StepDiagnostics, TokenFacts
+from opd_ray.learner.diagnostics import ProbeFacts, SegmentFacts, StepDiagnostics, TokenStats
 from opd_ray.learner.facts import probe_facts, segment_facts, token_facts
 from opd_ray.learner.microbatch import Microbatch
-from opd_ray.learner.step_gate import Weighed
+from opd_ray.learner.old_logprobs import Behavior
+from opd_ray.learner.step_gate import TokenWeights
 from opd_ray.learner.step_report import RankReport
 
 
@@ -26,7 +26,7 @@ class StepRecord:
 
     report: RankReport
     is_gated: bool
-    tokens: list[TokenFacts] = field(default_factory=list)
+    tokens: list[TokenStats] = field(default_factory=list)
     segments: list[SegmentFacts] = field(default_factory=list)
     probes: list[ProbeFacts] = field(default_factory=list)
 
@@ -37,7 +37,7 @@ class StepRecord:
         yield
         self.report.times[part] = self.report.times.get(part, 0.0) + time.monotonic() - begun
 
-    def count(self, batch: Microbatch, weighed: Weighed, losses: Tensor) -> None:
+    def count(self, batch: Microbatch, weighed: TokenWeights, losses: Tensor) -> None:
         """Add a microbatch's tokens, weights and ungated losses [N]."""
         report, valid = self.report, batch.valid
         report.ungated_loss_sum += float(losses.detach()[valid].double().sum())

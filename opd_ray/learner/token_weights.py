@@ -12,9 +12,9 @@ from torch import Tensor
 
 from opd_ray.config.choices import BehaviorSource, GateKind, GateNormalize
 from opd_ray.config.schema import GateConfig
-from opd_ray.learner.behavior_memory import Behavior
 from opd_ray.learner.columns import needs_token_versions
 from opd_ray.learner.microbatch import Microbatch
+from opd_ray.learner.old_logprobs import Behavior
 from opd_ray.objective import (
     GateResult,
     block_segments,
@@ -36,7 +36,7 @@ _SEQUENCE_KINDS = (GateKind.sequence, GateKind.geometric_mask)
 
 
 @dataclass(frozen=True, slots=True)
-class Strength:
+class GateParams:
     """How hard the drift gate bites now: `tau` in 1/nats, and `floor` in nats, the engine mismatch to take off."""
 
     tau: float
@@ -58,12 +58,12 @@ def segment_ids(batch: Microbatch, cfg: GateConfig, newline_tokens: Tensor) -> T
 
 
 def measured_tokens(batch: Microbatch, cfg: GateConfig, segments: Tensor) -> Tensor | None:
-    """[B, T] bool: the tokens whose drift is measured; None for all of them. The same at each visit."""
+    """[B, T] bool: the tokens whose drift is measured; None for all of them. The same at each use."""
     if not cfg.drift_tokens:
         return None
-    # The raw window, not what is valid at this visit: a selection by entropy changes from visit to visit.
+    # The raw window, not what is valid at this use: a selection by entropy changes from use to use.
     in_response = segments >= 0
-    seeds = [info.slot for info in batch.infos]
+    seeds = [info.trajectory_id for info in batch.infos]
     return stratified_sample(in_response, segments, tokens_per_segment=cfg.drift_tokens, seeds=seeds)
 
 
@@ -75,7 +75,7 @@ def gate_without_drift(batch: Microbatch) -> GateResult:
 
 
 def gate_by_drift(
-    batch: Microbatch, cfg: GateConfig, rows: tuple[Tensor, Tensor], behavior: Behavior, strength: Strength
+    batch: Microbatch, cfg: GateConfig, rows: tuple[Tensor, Tensor], behavior: Behavior, strength: GateParams
 ) -> GateResult:
     """The drift gate of a microbatch; `rows` as `drifting_rows` gives them.
 

@@ -16,24 +16,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_ray.config.choices import GateKind, HeadKernel, ObjectiveKind
+from opd_ray.config.choices import GateKind, HeadKernel
+from opd_ray.config.registry import Needs
 from opd_ray.errors import DivergedError, ModelError
-from opd_ray.learner.behavior_memory import Behavior, BehaviorMemory
 from opd_ray.learner.columns import learner_columns
 from opd_ray.learner.deepspeed_engine import join_ranks, start_engine
 from opd_ray.learner.head_requests import HeadRequests
 from opd_ray.learner.learner_state import LearnerState
 from opd_ray.learner.losses import token_losses
-from opd_ray.learner.microbatch import Microbatch, make_microbatch, select_high_entropy, select_positions
+from opd_ray.learner.microbatch import (
+    Microbatch,
+    make_microbatch,
+    select_high_entropy,
+    select_positions,
+    select_support,
+)
+from opd_ray.learner.old_logprobs import Behavior, OldLogprobsCache
 from opd_ray.learner.optimizer_shards import OptimizerShards
 from opd_ray.learner.policy_model import HeadRequest, HeadValues, PolicyModel
 from opd_ray.learner.spec import LearnerSpec, RankBatch
-from opd_ray.learner.step_gate import StepGate, Weighed
+from opd_ray.learner.step_gate import StepGate, TokenWeights
 from opd_ray.learner.step_record import StepRecord
 from opd_ray.learner.step_report import RankReport
-from opd_ray.learner.step_watch import StepWatch
 from opd_ray.learner.student_weights import StudentWeights
 from opd_ray.learner.token_masks import TokenMasks
+from opd_ray.learner.trajectory_recorder import TrajectoryRecorder
 from opd_ray.models.loading import PaddedRows, load_causal_lm
 from opd_ray.models.tokenization import load_tokenizer, newline_token_mask
 from opd_ray.models.weights import WeightBucket
@@ -74,11 +81,11 @@ class Trainer:
         newlines = torch.from_numpy(newline_token_mask(self._tokenizer, policy.head_weight.shape[0]))
         self._columns = learner_columns(cfg.objective, cfg.gate, probes=cfg.telemetry.probe_positions > 0)
         self._masks = TokenMasks(cfg.objective.mask_rules, self._tokenizer)
-        self._memory = BehaviorMemory(cfg.gate.behavior_source, cfg.replay.reuse)
-        loss_has_ratio = cfg.objective.kind is ObjectiveKind.opd
+        self._memory = OldLogprobsCache(cfg.gate.behavior_source, cfg.replay.reuse)
+        loss_has_ratio = cfg.objective.needs is Needs.sampled_logprobs
         self._gate = StepGate(cfg.gate, newlines.to(self._device), seed=cfg.seed, loss_has_ratio=loss_has_ratio)
         self._requests = HeadRequests(cfg, self._gate, self._memory)
-        self._watch = StepWatch(spec, self._tokenizer)
+        self._watch = TrajectoryRecorder(spec, self._tokenizer)
         self._engine = start_engine(policy, cfg.learner, num_ranks=cfg.learner.num_ranks, num_steps=cfg.num_steps)
         zero_stage = cfg.learner.zero_stage
         self._weights = StudentWeights(
@@ -119,7 +126,7 @@ class Trainer:
             raise DivergedError(f"the gradient norm is {report.grad_norm}: lower learner.lr")
         with record.timed("gate"):
             gate.end_step()
-        self._memory.forget(batch.last_visits)
+        self._memory.forget(batch.last_uses)
         if batch.dumped:
             with record.timed("dump"):
                 self._watch.write(report.tau, weight_scale)
@@ -140,17 +147,20 @@ class Trainer:
             micro = make_microbatch(
                 rows, infos, members, pad_id=self._pad_id, device=self._device, with_tree=self.takes_trees
             )
+            micro = select_support(micro, self._cfg.teacher.support)
             micros.append(self._gate.segmented(select_positions(micro, self._cfg.objective, self._masks)))
         return micros
 
-    def _planned(self, batch: RankBatch, micros: list[Microbatch | None], record: StepRecord) -> list[Weighed | None]:
+    def _planned(
+        self, batch: RankBatch, micros: list[Microbatch | None], record: StepRecord
+    ) -> list[TokenWeights | None]:
         """Weights that need the whole step first, by a forward pass without gradient; None for each otherwise.
 
         Placeholders take part, because under ZeRO 3 a forward pass is a collective; `micros` get their final `valid`.
         """
         if not self._gate.needs_plan(batch.is_fresh):
             return [None] * len(micros)
-        drafts: list[tuple[Microbatch, Weighed] | None] = []
+        drafts: list[tuple[Microbatch, TokenWeights] | None] = []
         with record.timed("plan"), torch.no_grad():
             for index, micro in enumerate(micros):
                 done = self._forward(micro, with_loss=False)
@@ -178,13 +188,13 @@ class Trainer:
             micro = select_high_entropy(micro, values.entropy, self._cfg.objective.entropy_top_share)
         return _Pass(micro, request, values)
 
-    def _weigh(self, micro: Microbatch, current: Tensor | None) -> tuple[Weighed, Behavior]:
+    def _weigh(self, micro: Microbatch, current: Tensor | None) -> tuple[TokenWeights, Behavior]:
         if current is not None and bool(current.detach()[micro.valid].isinf().any()):
             raise DivergedError("the student's log-probs are infinite: lower learner.lr")
         behavior = self._memory.behavior(micro, current)
         return self._gate.weigh(micro, current, behavior), behavior
 
-    def _loss(self, done: _Pass, planned: Weighed | None, record: StepRecord) -> Tensor:
+    def _loss(self, done: _Pass, planned: TokenWeights | None, record: StepRecord) -> Tensor:
         """The microbatch's sum(m g l); a placeholder's is exactly zero with a graph."""
         micro, values = done.micro, done.values
         if micro is None:
@@ -240,11 +250,11 @@ class Trainer:
         """Write model and tokenizer with `save_pretrained` (rank 0)."""
         self._weights.save(folder, self._tokenizer)
 
-    def save_state(self, folder: Path) -> None:
+    def save_checkpoint(self, folder: Path) -> None:
         """Write what an exact resume needs into `folder`; raises `CheckpointError`."""
         self._state.save(folder)
 
-    def load_state(self, folder: Path) -> None:
+    def load_checkpoint(self, folder: Path) -> None:
         """Go on from a saved state; raises `CheckpointError`, then nothing has changed."""
         self._state.load(folder)
 

@@ -6,7 +6,6 @@ hold anything.
 """
 
 from opd_ray.config.choices import Advantage, Direction
-from opd_ray.config.choices import DriftStatistic as Statistic
 from opd_ray.config.choices import GateNormalize as Normalize
 from opd_ray.objective.corrections import (
     geometric_sequence_mask,
@@ -27,6 +26,8 @@ from opd_ray.objective.selection import any_occurrence, first_occurrence, select
 from opd_ray.objective.step_weights import resampled, segment_weights, shuffled
 from opd_ray.objective.supports import overlap_ratio, support_mass, with_sampled_token
 from opd_ray.objective.tau import RunningQuantile, quantile_tau, segment_staleness, staleness_tau
+
+Statistic = str  # the name of a module of `statistics`
 
 __all__ = [
     "Advantage",

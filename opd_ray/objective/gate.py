@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_ray.config.choices import DriftStatistic as Statistic
 from opd_ray.config.choices import GateNormalize as Normalize
+from opd_ray.config.registry import STATISTICS
 from opd_ray.objective.inputs import compute_dtype, require_name, require_rank, require_same_shape
 from opd_ray.objective.step_weights import require_max_weight, unit_mean_weights
 
@@ -57,7 +57,7 @@ def drift_gate(  # noqa: PLR0913  (the public surface)
     segment_ids: Tensor,
     *,
     tau: float | Tensor,
-    statistic: Statistic | str,
+    statistic: str,
     normalize: Normalize | str,
     drift_floor: float | Tensor = 0.0,
     measured_mask: Tensor | None = None,
@@ -98,8 +98,8 @@ def drift_gate(  # noqa: PLR0913  (the public surface)
         segment_ids: `[B,T]` integers, numbered from 0 in each row, negative = no segment (`segments`).
         tau: how hard the gate bites, in 1/nats, >= 0: one number, or `[B,S]` for a value per segment, where
             S = ``segment_ids.max() + 1``.
-        statistic: of d over a segment's valid tokens: `signed_mean` (the paper), `mean_abs`, `rms`, or `k3` =
-            mean(exp(d) - 1 - d).
+        statistic: of d over a segment's valid tokens: `signed_mean` (the paper), `mean_abs`, `rms`, `k3` =
+            mean(exp(d) - 1 - d), or another module of `statistics`.
         normalize: `step`, `sequence` or `none`.
         drift_floor: in nats, finite, >= 0: one number, or `[B,S]`.
         measured_mask: `[B,T]`, bool or 0/1, tokens whose log-probs were computed; None = all of them.
@@ -121,7 +121,7 @@ def drift_gate(  # noqa: PLR0913  (the public surface)
         response_mask=response_mask,
         segment_ids=segment_ids,
     )
-    require_name("statistic", statistic, Statistic)
+    require_name("statistic", statistic, STATISTICS.names)
     require_name("normalize", normalize, Normalize)
     _require_cap(max_weight, normalize)
     dtype = compute_dtype(current_logprobs, behavior_logprobs)
@@ -133,8 +133,12 @@ def drift_gate(  # noqa: PLR0913  (the public surface)
         segment = segment_ids.clamp(min=0).long()
         shape = (segment_ids.shape[0], int(segment_ids.max()) + 1 if segment_ids.numel() else 0)
         tokens = _segment_sum(valid.long(), segment, shape)
-        score = _segment_statistic(drift, segment, _segment_sum(measured.long(), segment, shape), statistic)
-        score = _above_floor(score, drift_floor)
+        count = _segment_sum(measured.long(), segment, shape).clamp(min=1)
+
+        def mean(values: Tensor) -> Tensor:
+            return _segment_sum(torch.where(measured, values, 0.0), segment, shape) / count
+
+        score = _above_floor(STATISTICS.load(statistic).statistic(drift, mean), drift_floor)
         log_gate = _log_gate(score, tau)
         weights = _normalised(log_gate, tokens, normalize, max_weight).to(dtype)
         token_weights = torch.where(valid, weights.gather(1, segment), 0.0) if shape[1] else valid.to(dtype)
@@ -154,20 +158,6 @@ def _segment_sum(values: Tensor, segment: Tensor, shape: tuple[int, int]) -> Ten
     if shape[1] == 0:
         return values.new_zeros(shape)
     return values.new_zeros(shape).scatter_add_(1, segment, values)
-
-
-def _segment_statistic(drift: Tensor, segment: Tensor, tokens: Tensor, statistic: str) -> Tensor:
-    """Return the statistic of each segment; `drift` is 0 where it does not count, `tokens` are those that do."""
-    if statistic == "signed_mean":
-        values = drift
-    elif statistic == "mean_abs":
-        values = drift.abs()
-    elif statistic == "rms":
-        values = drift.square()
-    else:
-        values = torch.expm1(drift) - drift
-    mean = _segment_sum(values, segment, (tokens.shape[0], tokens.shape[1])) / tokens.clamp(min=1)
-    return mean.sqrt() if statistic == "rms" else mean
 
 
 def _above_floor(score: Tensor, drift_floor: float | Tensor) -> Tensor:

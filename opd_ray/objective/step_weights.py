@@ -70,7 +70,7 @@ def shuffled(log_gate: Tensor, num_tokens: Tensor, *, seed: int) -> Tensor:
 
 
 def resampled(log_gate: Tensor, num_tokens: Tensor, *, seed: int) -> Tensor:
-    """Control: each segment's gate drawn anew, with replacement, from the gates of the step's tokens.
+    """Control: each segment's gate drawn again, with replacement, from the gates of the step's tokens.
 
     A draw picks a token of the step and takes its segment's gate, so a segment is picked with a chance in
     proportion to its tokens. Each token's gate then has the distribution that gates have over the step's

@@ -26,7 +26,7 @@ def batch_spec(cfg: RunConfig) -> BatchSpec:
         "",
         top_k=cfg.teacher.top_k,
         logprob_dtype=cfg.replay.logprob_dtype.name,
-        support=cfg.teacher.support.name,
+        support=cfg.teacher.scored.name,
         sampled_logprob_dtype=cfg.replay.sampled_logprob_dtype.name,
     )
 
@@ -71,7 +71,7 @@ def store_need(cfg: RunConfig, weight_bytes: float) -> StoreNeed:
     each = row_bytes(batch_spec(cfg), cfg.data.max_prompt_tokens, cfg.rollout.max_response_tokens)
     held = count * each
     if replay.max_bytes:
-        # One cohort may go beyond the budget (`replay.staleness`: bytes).
+        # One batch may go beyond the budget (`replay.staleness`: bytes).
         held = min(held, replay.max_bytes + per_step * each)
     if replay.spill_bytes:
         held = min(held, float(replay.spill_bytes))
@@ -84,7 +84,7 @@ def store_need(cfg: RunConfig, weight_bytes: float) -> StoreNeed:
 
 
 @dataclass(frozen=True, slots=True)
-class Hop:
+class Stage:
     """Bytes of one optimizer step from one group to another: at full length, and at half of it (assumed)."""
 
     name: str
@@ -93,7 +93,7 @@ class Hop:
     how: str
 
 
-def traffic(cfg: RunConfig, weight_bytes: float, gradient_bytes: float, engine_nodes: int) -> Sequence[Hop]:
+def traffic(cfg: RunConfig, weight_bytes: float, gradient_bytes: float, engine_nodes: int) -> Sequence[Stage]:
     """What moves in one optimizer step; `engine_nodes` are the nodes with engines, each of which gets the weights once.
 
     A trajectory is sampled and scored once for `replay.reuse` steps and read at each of them; every step's weights are
@@ -104,16 +104,18 @@ def traffic(cfg: RunConfig, weight_bytes: float, gradient_bytes: float, engine_n
     per_step, reuse, ranks = cfg.trajectories_per_step, cfg.replay.reuse, cfg.learner.num_ranks
     prompt, response = cfg.data.max_prompt_tokens, cfg.rollout.max_response_tokens
 
-    def payload(name: str, of: BatchSpec, count: float, how: str) -> Hop:
+    def payload(name: str, of: BatchSpec, count: float, how: str) -> Stage:
         full, half = (row_bytes(of, prompt / part, response / part) for part in (1, 2))
-        return Hop(name, count * full, count * half, how)
+        return Stage(name, count * full, count * half, how)
 
-    columns = "student's top-K ids too" if cfg.teacher.support is Support.student_topk else "ids, log-probs, versions"
+    columns = "student's top-K ids too" if cfg.teacher.scored is Support.student_topk else "ids, log-probs, versions"
     ring = 2 * (ranks - 1) / ranks * gradient_bytes * (1.5 if cfg.learner.zero_stage == 3 else 1.0) * ranks
     return (
         payload("rollout -> teacher", spec.rollout, per_step / reuse, columns),
         payload("teacher -> store", spec, per_step / reuse, f"with K = {spec.top_k} teacher ids and log-probs"),
-        payload("store -> learner", spec, per_step, f"each of {reuse} visits; only other nodes copy"),
-        Hop("learner -> engines", weight_bytes * engine_nodes, weight_bytes * engine_nodes, f"{engine_nodes} node(s)"),
-        Hop("learner <-> learner", ring, ring, f"gradients between {ranks} rank(s), all together"),
+        payload("store -> learner", spec, per_step, f"each of {reuse} uses; only other nodes copy"),
+        Stage(
+            "learner -> engines", weight_bytes * engine_nodes, weight_bytes * engine_nodes, f"{engine_nodes} node(s)"
+        ),
+        Stage("learner <-> learner", ring, ring, f"gradients between {ranks} rank(s), all together"),
     )

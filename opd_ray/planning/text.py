@@ -99,6 +99,6 @@ def _placement(plan: Plan) -> Table:
 
 def _traffic(plan: Plan) -> Table:
     table = _table("\nbytes of one optimizer step", "from -> to", "full length", "half of it", "how")
-    for hop in plan.hops:
-        table.add_row(hop.name, gib(hop.full), gib(hop.half), hop.how)
+    for stage in plan.stages:
+        table.add_row(stage.name, gib(stage.full), gib(stage.half), stage.how)
     return table

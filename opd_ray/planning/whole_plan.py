@@ -12,7 +12,7 @@ from opd_ray.planning.layout import Seat, lay_out
 from opd_ray.planning.model_shape import ModelShape
 from opd_ray.planning.needs import Needs, run_needs
 from opd_ray.planning.node_fit import NodeResources
-from opd_ray.planning.payload import Hop, traffic
+from opd_ray.planning.payload import Stage, traffic
 from opd_ray.planning.placement import plan_resources
 from opd_ray.planning.verdict import Check, checks, refusal, warnings
 
@@ -25,7 +25,7 @@ class Plan:
     needs: Needs
     seats: Sequence[Seat]
     checks: Sequence[Check]
-    hops: Sequence[Hop]
+    stages: Sequence[Stage]
 
     @property
     def warnings(self) -> list[str]:
@@ -50,5 +50,5 @@ def make_plan(cfg: RunConfig, student: ModelShape, teacher: ModelShape, cluster:
     strategies = {need.role: getattr(cfg.placement, need.role) for need in needs.workers}
     seats = lay_out(needs.workers, cluster, strategies)
     engine_nodes = sum(1 for seat in seats if seat.workers.get("rollout"))
-    hops = traffic(cfg, needs.weight_bytes, needs.gradient_bytes, engine_nodes)
-    return Plan(cluster, needs, seats, checks(needs, seats, cluster), hops)
+    stages = traffic(cfg, needs.weight_bytes, needs.gradient_bytes, engine_nodes)
+    return Plan(cluster, needs, seats, checks(needs, seats, cluster), stages)

@@ -8,7 +8,7 @@ from typing import Any
 
 from opd_ray.errors import StaleBatchError
 from opd_ray.replay.staleness import staleness, staleness_bound
-from opd_ray.types import SampleInfo, TrajectoryReceipt
+from opd_ray.types import SampleInfo, TrajectoryMeta
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +24,15 @@ class SampledBatch:
     infos: tuple[SampleInfo, ...]
 
     @property
-    def slots(self) -> tuple[int, ...]:
+    def trajectory_ids(self) -> tuple[int, ...]:
         """Trajectory ids, as `release` takes them."""
-        return tuple(info.slot for info in self.infos)
+        return tuple(info.trajectory_id for info in self.infos)
 
-    def without(self, slots: Collection[int]) -> SampledBatch:
-        """The batch without `slots`, and without all other rows of their payloads."""
-        lost = {ref for info, (ref, _) in zip(self.infos, self.rows, strict=True) if info.slot in slots}
+    def without(self, trajectory_ids: Collection[int]) -> SampledBatch:
+        """The batch without `trajectory_ids`, and without all other rows of their payloads."""
+        lost = {
+            ref for info, (ref, _) in zip(self.infos, self.rows, strict=True) if info.trajectory_id in trajectory_ids
+        }
         number = {ref: count for count, ref in enumerate(ref for ref in range(len(self.refs)) if ref not in lost)}
         kept = [place for place, (ref, _) in enumerate(self.rows) if ref not in lost]
         return SampledBatch(
@@ -44,7 +46,7 @@ class SampledBatch:
 class StoredTrajectory:
     """A stored trajectory: metadata, payload number, how often it was handed out and given back."""
 
-    receipt: TrajectoryReceipt
+    meta: TrajectoryMeta
     payload_id: int
     appended_s: float
     num_uses: int = 0
@@ -53,19 +55,19 @@ class StoredTrajectory:
     def info(self, learner_version: int, first_bound: int, now_s: float) -> SampleInfo:
         """Facts of the next use, at `learner_version`; raises `StaleBatchError` above the bound."""
         use = self.num_uses + 1
-        age = staleness(self.receipt.oldest_version, learner_version)
+        age = staleness(self.meta.oldest_version, learner_version)
         bound = staleness_bound(first_bound, use)
         if age > bound:
             raise StaleBatchError(
-                f"trajectory {self.receipt.slot} is {age} steps old at use {use}, bound {bound} "
+                f"trajectory {self.meta.trajectory_id} is {age} steps old at use {use}, bound {bound} "
                 f"({first_bound} at the first): each optimizer step must sample exactly once"
             )
         return SampleInfo(
-            slot=self.receipt.slot,
+            trajectory_id=self.meta.trajectory_id,
             staleness=age,
-            visits=use,
+            num_uses=use,
             age_s=now_s - self.appended_s,
-            num_prompt_tokens=self.receipt.num_prompt_tokens,
-            num_response_tokens=self.receipt.num_response_tokens,
-            prompt_id=self.receipt.prompt_id,
+            num_prompt_tokens=self.meta.num_prompt_tokens,
+            num_response_tokens=self.meta.num_response_tokens,
+            prompt_id=self.meta.prompt_id,
         )

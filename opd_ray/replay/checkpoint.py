@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_ray.errors import SnapshotError, StoreError
+from opd_ray.errors import CheckpointError, StoreError
 from opd_ray.replay.admission import Schedule
 from opd_ray.replay.batch import StoredTrajectory
 from opd_ray.replay.ledger import Ledger
@@ -29,7 +29,7 @@ from opd_ray.replay.payload_io import PayloadFile, PayloadIO, SpillFile
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.state import StoreState
 from opd_ray.storage.committed_folder import ended_in_thread
-from opd_ray.types import TrajectoryReceipt
+from opd_ray.types import TrajectoryMeta
 
 FORMAT = 2
 INDEX = "index.json"
@@ -61,7 +61,7 @@ def freeze(state: StoreState, config: StoreConfig, now_s: float) -> StoreImage:
 
     def rows(members: Sequence[StoredTrajectory]) -> list[dict[str, Any]]:
         return [
-            {"metadata": member.receipt, "payload": member.payload_id, "age_s": now_s - member.appended_s}
+            {"metadata": member.meta, "payload": member.payload_id, "age_s": now_s - member.appended_s}
             for member in members
         ]
 
@@ -73,7 +73,7 @@ def freeze(state: StoreState, config: StoreConfig, now_s: float) -> StoreImage:
         "version": state.schedule.version,
         "num_releases": max(releases, default=0),
         "num_given": state.queue.num_given,
-        "in_flight": [[slot, prompt_id] for slot, prompt_id in state.queue.in_flight.items()],
+        "in_flight": [[trajectory_id, prompt_id] for trajectory_id, prompt_id in state.queue.in_flight.items()],
         "ready": rows(ready),
         "current": rows(current),
         "payloads": [[payload_id, payload.num_bytes] for payload_id, payload in sorted(payloads.items())],
@@ -88,11 +88,11 @@ def freeze(state: StoreState, config: StoreConfig, now_s: float) -> StoreImage:
 
 
 def rebuild(image: StoreImage, config: StoreConfig, now_s: float) -> StoreState:
-    """Return the state of an image; raises `SnapshotError` where it does not fit `config`."""
+    """Return the state of an image; raises `CheckpointError` where it does not fit `config`."""
     index = image.index
     for name in ("trajectories_per_step", "reuse"):
         if index[name] != getattr(config, name):
-            raise SnapshotError(
+            raise CheckpointError(
                 f"the checkpoint has {name} = {index[name]} and the run {getattr(config, name)}: resume with the same"
             )
     num_rows = dict.fromkeys((payload_id for payload_id, _ in index["payloads"]), 0)
@@ -115,7 +115,7 @@ def rebuild(image: StoreImage, config: StoreConfig, now_s: float) -> StoreState:
     state.in_training.begin(current)
     state.schedule = Schedule.at(index["version"], config.reuse - index["num_releases"] if current else 0)
     state.queue.num_given = index["num_given"]
-    state.queue.in_flight = {slot: prompt_id for slot, prompt_id in index["in_flight"]}
+    state.queue.in_flight = {trajectory_id: prompt_id for trajectory_id, prompt_id in index["in_flight"]}
     for member in members(index["ready"], 0):
         state.queue.put(member)
     state.ledger = Ledger.of(index["ledger"])
@@ -126,8 +126,8 @@ def rebuild(image: StoreImage, config: StoreConfig, now_s: float) -> StoreState:
     return state
 
 
-def _metadata(record: TrajectoryReceipt | Mapping[str, Any]) -> TrajectoryReceipt:
-    return record if isinstance(record, TrajectoryReceipt) else TrajectoryReceipt(**record)
+def _metadata(record: TrajectoryMeta | Mapping[str, Any]) -> TrajectoryMeta:
+    return record if isinstance(record, TrajectoryMeta) else TrajectoryMeta(**record)
 
 
 def without_payloads(image: StoreImage, lost: Sequence[int], config: StoreConfig) -> StoreImage:
@@ -142,7 +142,7 @@ def without_payloads(image: StoreImage, lost: Sequence[int], config: StoreConfig
 async def write_image(image: StoreImage, folder: Path, io: PayloadIO, config: StoreConfig) -> list[int]:
     """Write an image into `folder`, which exists; returns the ids of trajectories that were lost with their payloads.
 
-    The folder then holds the store without these. Raises `SnapshotError` if it cannot be written.
+    The folder then holds the store without these. Raises `CheckpointError` if it cannot be written.
     """
     lost_ids: list[int] = []
     while True:
@@ -153,7 +153,7 @@ async def write_image(image: StoreImage, folder: Path, io: PayloadIO, config: St
         if not lost:
             break
         rows = (*image.index["ready"], *image.index["current"])
-        lost_ids += [row["metadata"].slot for row in rows if row["payload"] in lost]
+        lost_ids += [row["metadata"].trajectory_id for row in rows if row["payload"] in lost]
         image = without_payloads(image, lost, config)
         # The payloads that are left have other numbers now.
         for path in paths.values():
@@ -161,7 +161,7 @@ async def write_image(image: StoreImage, folder: Path, io: PayloadIO, config: St
     try:
         await ended_in_thread(_write_index, folder / INDEX, {**image.index, "checksums": [*checksums.values()]})
     except OSError as error:
-        raise SnapshotError(f"{folder} cannot be written ({error}): make room, or choose another runs_dir") from error
+        raise CheckpointError(f"{folder} cannot be written ({error}): make room, or choose another runs_dir") from error
     return lost_ids
 
 
@@ -173,7 +173,7 @@ async def _write_payloads(image: StoreImage, paths: Mapping[int, Path], io: Payl
         try:
             await ended_in_thread(_link, file.path, paths[number])
         except OSError as error:
-            raise SnapshotError(f"{paths[number]} cannot be written ({error}): make room in runs_dir") from error
+            raise CheckpointError(f"{paths[number]} cannot be written ({error}): make room in runs_dir") from error
         checksums[number] = file.checksum
     in_memory = [number for number in paths if number not in image.files]
     written = await io.write([image.refs[number] for number in in_memory], [paths[number] for number in in_memory])
@@ -186,7 +186,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 async def read_image(folder: Path, io: PayloadIO) -> StoreImage:
-    """Return the image in `folder`; raises `SnapshotError` when it is missing, damaged or of another format."""
+    """Return the image in `folder`; raises `CheckpointError` when it is missing, damaged or of another format."""
     index = await asyncio.to_thread(_read_index, folder)
     numbers = [number for number, _ in index["payloads"]]
     files = [
@@ -206,13 +206,13 @@ def _read_index(folder: Path) -> dict[str, Any]:
         whole = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         index, checksum = whole["index"], whole["checksum"]
     except OSError as error:
-        raise SnapshotError(f"{folder} holds no replay store ({error}): use an older checkpoint") from error
+        raise CheckpointError(f"{folder} holds no replay store ({error}): use an older checkpoint") from error
     except (ValueError, TypeError, LookupError) as error:
-        raise SnapshotError(f"{folder / INDEX} is damaged ({error!r}): use an older checkpoint") from error
+        raise CheckpointError(f"{folder / INDEX} is damaged ({error!r}): use an older checkpoint") from error
     if checksum != _checksum(index):
-        raise SnapshotError(f"{folder / INDEX} is damaged (wrong checksum): use an older checkpoint")
+        raise CheckpointError(f"{folder / INDEX} is damaged (wrong checksum): use an older checkpoint")
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise SnapshotError(f"{folder} has another format than {FORMAT}: resume with the version that wrote it")
+        raise CheckpointError(f"{folder} has another format than {FORMAT}: resume with the version that wrote it")
     return index
 
 

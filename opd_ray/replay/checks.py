@@ -7,16 +7,16 @@ from collections.abc import Container, Sequence
 from opd_ray.errors import LedgerError, StoreError
 
 
-def require_once(slots: Sequence[int], verb: str) -> None:
+def require_once(trajectory_ids: Sequence[int], verb: str) -> None:
     """Raise `LedgerError` when a call names a trajectory twice."""
-    if len(set(slots)) != len(slots):
-        raise LedgerError(f"{verb} names a trajectory twice among {len(slots)}: name each once")
+    if len(set(trajectory_ids)) != len(trajectory_ids):
+        raise LedgerError(f"{verb} names a trajectory twice among {len(trajectory_ids)}: name each once")
 
 
-def require(slots: Sequence[int], where: Container[int], verb: str, state: str) -> None:
-    """Raise `LedgerError` unless all `slots` are named once and are in `where`, which holds those that are `state`."""
-    require_once(slots, verb)
-    missing = sorted(slot for slot in slots if slot not in where)
+def require(trajectory_ids: Sequence[int], where: Container[int], verb: str, state: str) -> None:
+    """Raise `LedgerError` unless all are named once and are in `where`, which holds those that are `state`."""
+    require_once(trajectory_ids, verb)
+    missing = sorted(trajectory_id for trajectory_id in trajectory_ids if trajectory_id not in where)
     if missing:
         raise LedgerError(
             f"{verb} names {len(missing)} trajectories that are not {state} (first: {missing[:4]}): each ends once"

@@ -23,7 +23,7 @@ class Ledger:
         self.failed: Counter[str] = Counter()
 
     def start(self, count: int) -> None:
-        """`count` slots were acquired."""
+        """`count` trajectories were acquired."""
         self.started += count
         self.in_flight += count
 
@@ -33,17 +33,17 @@ class Ledger:
         self.in_store += count
 
     def fail(self, count: int, reason: str) -> None:
-        """`count` slots in flight ended without a trajectory."""
+        """`count` trajectories in flight ended without a trajectory."""
         self.in_flight -= count
         self.failed[reason] += count
 
     def evict(self, count: int, reason: str) -> None:
-        """`count` stored trajectories were dropped before their last visit."""
+        """`count` stored trajectories were dropped before their last use."""
         self.in_store -= count
         self.evicted[reason] += count
 
     def train(self, count: int) -> None:
-        """`count` stored trajectories had all their visits and were retired."""
+        """`count` stored trajectories had all their uses and were retired."""
         self.in_store -= count
         self.trained += count
 

@@ -19,12 +19,12 @@ class LengthReport:
         self._kept_tokens, self._dropped_tokens = sums
 
     def keep(self, num_response_tokens: int) -> None:
-        """A trajectory had all its visits."""
+        """A trajectory had all its uses."""
         self._kept[_bin_of(num_response_tokens)] += 1
         self._kept_tokens += num_response_tokens
 
     def drop(self, num_response_tokens: int) -> None:
-        """A stored trajectory was evicted before its last visit."""
+        """A stored trajectory was evicted before its last use."""
         self._dropped[_bin_of(num_response_tokens)] += 1
         self._dropped_tokens += num_response_tokens
 

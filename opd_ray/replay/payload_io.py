@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import xxhash
 
-from opd_ray.errors import PayloadLostError, SnapshotError
+from opd_ray.errors import CheckpointError, PayloadLostError
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +41,14 @@ class PayloadIO(Protocol):
     async def write(self, refs: Sequence[Any], paths: Sequence[Path]) -> list[str | None]:
         """Write each payload as a file that is on the disk before this returns; returns the files' checksums.
 
-        None stands for a payload that was lost with its node. Raises `SnapshotError` where a file cannot be written.
+        None stands for a payload that was lost with its node. Raises `CheckpointError` where a file cannot be written.
         """
         ...
 
     async def read(self, files: Sequence[PayloadFile]) -> list[Any]:
         """Return payload references whose bytes were read and checked.
 
-        Raises `SnapshotError` where a file is missing or damaged.
+        Raises `CheckpointError` where a file is missing or damaged.
         """
         ...
 
@@ -66,7 +66,7 @@ def write_payload(data: Any, path: Path) -> str:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise SnapshotError(
+        raise CheckpointError(
             f"{path} cannot be written ({error}): make room, or choose another runs_dir, which all nodes must share"
         ) from error
     return checksum_of(view)

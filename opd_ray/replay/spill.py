@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd_ray.errors import SnapshotError, StoreError
+from opd_ray.errors import CheckpointError, StoreError
 from opd_ray.replay.payload_io import PayloadFile, PayloadIO, SpillFile
 from opd_ray.replay.state import StoreState
 
@@ -77,7 +77,7 @@ class SpillSpace:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             checksums = await io.write([payload.ref for payload in new.values()], paths)
-        except (SnapshotError, OSError) as error:
+        except (CheckpointError, OSError) as error:
             raise StoreError(
                 f"payloads cannot be spilled ({error}): make room in runs_dir, or set replay.max_bytes"
             ) from error

@@ -12,96 +12,97 @@ Protocol
 --------
 With n = `trajectories_per_step` and R = `reuse`:
 
-- Slots are numbered in the order in which they are acquired. The *queue* holds the live slots (in flight or
-  ready, not failed, not evicted) that belong to no cohort yet, in order of slot number; a slot's *rank* is
-  the number of slots before it.
-- When the learner asks for a batch and the running cohort has no visit left, the first n slots of the queue
-  become the next *cohort*, as soon as all n are ready. A slow one is waited for and never overtaken, so
-  nothing is dropped for being long. A cohort gets R visits: R consecutive optimizer steps.
-- `next_version` is the learner version at which the next cohort is first visited: v + 1 + (visits left) after
-  a visit at learner version v, v + 1 once the rest of that cohort is evicted, and the learner's version when
-  it asks for a new cohort.
-- **Admission**: a slot may be acquired while q slots are queued iff
-  ``first_visit_version(q) - version <= max_staleness``, where
-  ``first_visit_version(q) = next_version + (q // n) * R``.
+- Trajectories are numbered in the order in which they are acquired. The *queue* holds the live trajectories (in flight
+  or ready, not failed, not evicted) that belong to no batch yet, in order of trajectory id; a trajectory's *rank* is
+  the number of trajectories before it.
+- When the learner asks for a batch and the current batch has no use left, the first n trajectories of the queue
+  become the next *batch*, as soon as all n are ready. A slow one is waited for and never overtaken, so
+  nothing is dropped for being long. A batch gets R uses: R consecutive optimizer steps.
+- `next_version` is the learner version at which the next batch is first used: v + 1 + (uses left) after
+  a use at learner version v, v + 1 once the rest of that batch is evicted, and the learner's version when
+  it asks for a new batch.
+- **Admission**: a trajectory may be acquired while q trajectories are queued iff
+  ``first_use_version(q) - version <= max_staleness``, where
+  ``first_use_version(q) = next_version + (q // n) * R``.
 
-In an undisturbed run cohort j is first visited at version j * R and q = live - n * (cohorts formed), where
-live counts every slot ever acquired, the trained ones too. The rule then reads
+In an undisturbed run batch j is first used at version j * R and q = live - n * (batches formed), where
+live counts every trajectory ever acquired, the trained ones too. The rule then reads
 ``(live // n) * R - version <= max_staleness``, and with R = 1 it is the classic bound of
-``(max_staleness + 1) * n`` slots acquired and not yet released. A learner that stops at `final_version` visits
-no cohort from then on, so a slot with ``first_visit_version(q) >= final_version`` is refused as well.
+``(max_staleness + 1) * n`` trajectories acquired and not yet released. A learner that stops at `final_version` uses
+no batch from then on, so a trajectory with ``first_use_version(q) >= final_version`` is refused as well.
 
 Bound
 -----
-Theorem 1 (``stale=wait``): at its visit number u (1 = first) a trajectory's staleness is at most
+Theorem 1 (``stale=wait``): at its use number u (1 = first) a trajectory's staleness is at most
 ``max_staleness + u - 1``.
 
-Proof. For a queued slot x of rank r let F(x) = next_version + (r // n) * R. No event raises F(x):
+Proof. For a queued trajectory x of rank r let F(x) = next_version + (r // n) * R. No event raises F(x):
 
 1. Acquisition appends behind x: r and next_version stay.
-2. A failure or eviction before x lowers r by one (behind x: changes nothing). The slot is not counted twice:
+2. A failure or eviction before x lowers r by one (behind x: changes nothing). The trajectory is not counted twice:
    it leaves the queue, and one that is acquired in its stead gets a new number, a rank at the end and fresh
    weights.
-3. Forming a cohort that x does not join takes n slots before x: r falls by n, so (r // n) * R by R, while
+3. Forming a batch that x does not join takes n trajectories before x: r falls by n, so (r // n) * R by R, while
    next_version rises by R: from v, which the learner version was set to when it asked, to v + 1 + (R - 1).
-4. Later visits of a cohort keep next_version: v + 1 + k becomes (v + 1) + 1 + (k - 1). Evicting members out
-   of a running cohort does not touch the queue; a cohort with none left gives up its visits, which lowers
+4. Later uses of a batch keep next_version: v + 1 + k becomes (v + 1) + 1 + (k - 1). Evicting members out
+   of a current batch does not touch the queue; a batch with none left gives up its uses, which lowers
    next_version.
 5. Publishing raises `version` alone. When a learner asks at, or publishes, a version that was not planned,
    next_version follows: a lower one (a repeated step) lowers F; a higher one (a resumed learner) is the one
    exception, and there the sweep below decides.
 
-x joins its cohort with r < n, at learner version next_version = F(x) <= F(x at acquisition) <= version at
+x joins its batch with r < n, at learner version next_version = F(x) <= F(x at acquisition) <= version at
 acquisition + max_staleness. Every token of x was generated by weights of at least the version at acquisition,
-because all engines had confirmed it. So the staleness at the first visit is at most max_staleness. Each
-further visit is one optimizer step later and adds exactly one. QED.
+because all engines had confirmed it. So the staleness at the first use is at most max_staleness. Each
+further use is one optimizer step later and adds exactly one. QED.
 
-The store does not rely on the engines' promise: before forming a cohort it *sweeps*, that is, evicts ready
+The store does not rely on the engines' promise: before forming a batch it *sweeps*, that is, evicts ready
 trajectories whose real staleness is above the bound (an engine with old weights, a learner that jumped
 ahead). Their ranks are refilled by admission at once.
 
 Overtaking
 ----------
-With ``stale=wait`` the learner waits for the slowest of the n first slots. With ``stale=drop`` and ``stale=gate`` it
-does not: the next cohort is formed as soon as n slots are *ready*, wherever in the queue, and `order` picks them:
-``fifo`` the n oldest slots, ``freshest`` those whose oldest token is newest, ``weighted`` a draw without replacement
-with weight 1 / (1 + staleness). ``wait`` has no choice to make, so it goes with ``fifo`` only. Let B be
-`max_staleness` with ``drop`` and `hard_staleness` with ``gate``; the sweep evicts above B.
+With ``stale=wait`` the learner waits for the slowest of the n first trajectories. With ``stale=drop`` and
+``stale=gate`` it does not: the next batch is formed as soon as n trajectories are *ready*, wherever in the queue, and
+`order` picks them: ``fifo`` the n oldest trajectories, ``freshest`` those whose oldest token is newest, ``weighted`` a
+draw without replacement with weight 1 / (1 + staleness). ``wait`` has no choice to make, so it goes with ``fifo`` only.
+Let B be `max_staleness` with ``drop`` and `hard_staleness` with ``gate``; the sweep evicts above B.
 
-Theorem 2: at its visit number u a trajectory's staleness is at most ``B + u - 1``, in every order.
+Theorem 2: at its use number u a trajectory's staleness is at most ``B + u - 1``, in every order.
 
-Proof. A cohort is formed in the same call as the sweep, at the same learner version v. What the sweep left has
-v - oldest token <= B, so B bounds the first visit; each further visit is one optimizer step later and adds exactly
-one. A visit at a version that was not planned is checked and refused (`StaleBatchError`). QED.
+Proof. A batch is formed in the same call as the sweep, at the same learner version v. What the sweep left has
+v - oldest token <= B, so B bounds the first use; each further use is one optimizer step later and adds exactly
+one. A use at a version that was not planned is checked and refused (`StaleBatchError`). QED.
 
-Admission is the same, and so the queue never holds more than (max_staleness + 1) * n slots; what it no longer gives
-is F: a slot that is passed over keeps its rank or some of it while next_version rises by R. With ``fifo`` this
-happens only to slots in flight: a ready slot outside the cohort has the n slots taken before it, so its rank falls by
-n and F stays (step 3). Hence with ``order=fifo`` only those are dropped that were overtaken while they were generated
-and scored: the slow, which are the long. `ReplayStore.lengths` shows that bias. With ``freshest`` and ``weighted`` a
-ready one may be passed over too, until the sweep takes it.
+Admission is the same, and so the queue never holds more than (max_staleness + 1) * n trajectories; what it no longer
+gives is F: a trajectory that is passed over keeps its rank or some of it while next_version rises by R. With ``fifo``
+this happens only to trajectories in flight: a ready trajectory outside the batch has the n trajectories taken before
+it, so its rank falls by n and F stays (step 3). Hence with ``order=fifo`` only those are dropped that were overtaken
+while they were generated and scored: the slow, which are the long. `ReplayStore.lengths` shows that bias. With
+``freshest`` and ``weighted`` a ready one may be passed over too, until the sweep takes it.
 
-With ``max_staleness = 0`` at most n slots are queued, so that nothing can be overtaken and every mode is lock-step.
+With ``max_staleness = 0`` at most n trajectories are queued, so that nothing can be overtaken and every mode is
+lock-step.
 
 Progress
 --------
-Let the learner wait for a cohort at version L, everything older be published (version = L), and everything
-in flight complete or fail. Then next_version = L, and either the first n slots are all ready (the learner
-goes on; with overtaking, any n), or fewer than n are queued: q // n = 0 and L - L = 0 <= max_staleness, so
-`num_acquirable` is at least n - q >= 1 and rollout goes on. The new slots are of version L: the sweep at L
-leaves them alone, in every mode. Failed and evicted slots leave a gap that may be smaller than a group of
-samples, so whoever acquires a group must accept fewer slots than asked for; insisting on a whole group can
+Let the learner wait for a batch at version L, everything older be published (version = L), and everything
+in flight complete or fail. Then next_version = L, and either the first n trajectories are all ready (the learner
+continues; with overtaking, any n), or fewer than n are queued: q // n = 0 and L - L = 0 <= max_staleness, so
+`num_acquirable` is at least n - q >= 1 and rollout continues. The new trajectories are of version L: the sweep at L
+leaves them alone, in every mode. Failed and evicted trajectories leave a gap that may be smaller than a group of
+samples, so whoever acquires a group must accept fewer trajectories than asked for; insisting on a whole group can
 wait forever (at max_staleness 0 one failure is enough).
 
 Bytes
 -----
-With `max_bytes` slots are given out only if, besides, the bytes of the stored payloads plus the expected bytes of what
-is in flight, these slots included, are at most `max_bytes` (`admission`); before the first payload tells what to
-expect, there is no room, and a request that fits in part waits, so that groups stay whole. One exception keeps
-progress: while nothing is in training (all that the learner had is released), up to n - q slots are given out whatever
-the bytes. Let the learner wait as above, with everything released. Then nothing is in training, and the case "fewer
-than n are queued" gives n - q >= 1 slots by both rules: the next cohort is always filled. What goes beyond the budget
-is therefore at most one cohort (and the error of the expectation), and only while nothing is trained on.
+With `max_bytes` trajectories are given out only if, besides, the bytes of the stored payloads plus the expected bytes
+of what is in flight, these trajectories included, are at most `max_bytes` (`admission`); before the first payload tells
+what to expect, there is no room, and a request that fits in part waits, so that groups stay whole. One exception keeps
+progress: while nothing is in training (all that the learner had is released), up to n - q trajectories are given out
+whatever the bytes. Let the learner wait as above, with everything released. Then nothing is in training, and the case
+"fewer than n are queued" gives n - q >= 1 trajectories by both rules: the next batch is always filled. What goes beyond
+the budget is therefore at most one batch (and the error of the expectation), and only while nothing is trained on.
 """
 
 from __future__ import annotations
@@ -117,9 +118,9 @@ from opd_ray.errors import ConfigError, StaleBatchError
 class StoreConfig:
     """What the replay store is told; raises `ConfigError` when values are out of range or do not fit each other.
 
-    `trajectories_per_step` (at least 1) is the size of a cohort, `reuse` (at least 1) its number of visits,
-    and `max_staleness` (at least 0, optimizer steps) the bound at the first visit; 0 is lock-step. The learner
-    stops at `final_version` (None: never): slots that would first be visited then or later are not given out.
+    `trajectories_per_step` (at least 1) is the size of a batch, `reuse` (at least 1) its number of uses,
+    and `max_staleness` (at least 0, optimizer steps) the bound at the first use; 0 is lock-step. The learner
+    stops at `final_version` (None: never): trajectories that would first be used then or later are not given out.
     `stale`, `order` and `hard_staleness` (above `max_staleness` with ``gate``, else 0) are told in the module's text;
     `seed` is that of ``weighted``. `max_bytes` (0: none) bounds payloads, stored and expected.
     """
@@ -168,12 +169,12 @@ class StoreConfig:
 
     @property
     def overtakes(self) -> bool:
-        """Whether a cohort may be formed of slots behind one that is still in flight."""
+        """Whether a batch may be formed of trajectories behind one that is still in flight."""
         return self.stale is not StalePolicy.wait
 
     @property
     def sweep_bound(self) -> int:
-        """Largest staleness at the first visit: B of the module's text."""
+        """Largest staleness at the first use: B of the module's text."""
         return self.hard_staleness if self.stale is StalePolicy.gate else self.max_staleness
 
 
@@ -190,34 +191,34 @@ def staleness(oldest_version: int, learner_version: int) -> int:
     return learner_version - oldest_version
 
 
-def staleness_bound(first_bound: int, visit: int) -> int:
-    """Largest staleness that visit number `visit` (1 = first) may have; `first_bound` holds at the first."""
-    return first_bound + visit - 1
+def staleness_bound(first_bound: int, use: int) -> int:
+    """Largest staleness that use number `use` (1 = first) may have; `first_bound` holds at the first."""
+    return first_bound + use - 1
 
 
-def first_visit_version(num_queued: int, next_version: int, config: StoreConfig) -> int:
-    """Learner version at which a slot with `num_queued` slots before it is visited for the first time.
+def first_use_version(num_queued: int, next_version: int, config: StoreConfig) -> int:
+    """Learner version at which a trajectory with `num_queued` trajectories before it is used for the first time.
 
-    `next_version` is the learner version at the next cohort's first visit.
+    `next_version` is the learner version at the next batch's first use.
     """
     return next_version + (num_queued // config.trajectories_per_step) * config.reuse
 
 
 def may_acquire(num_queued: int, next_version: int, version: int, config: StoreConfig) -> bool:
-    """Whether one more slot may be acquired while `num_queued` are queued and `version` is published."""
-    first_visit = first_visit_version(num_queued, next_version, config)
-    if config.final_version is not None and first_visit >= config.final_version:
+    """Whether one more trajectory may be acquired while `num_queued` are queued and `version` is published."""
+    first_use = first_use_version(num_queued, next_version, config)
+    if config.final_version is not None and first_use >= config.final_version:
         return False
-    return first_visit - version <= config.max_staleness
+    return first_use - version <= config.max_staleness
 
 
 def num_acquirable(num_queued: int, next_version: int, version: int, config: StoreConfig) -> int:
-    """How many slots may be acquired now, one after the other: 0 or more."""
+    """How many trajectories may be acquired now, one after the other: 0 or more."""
     slack = config.max_staleness - (next_version - version)
     if slack < 0:
         return 0
-    admissible_cohorts = slack // config.reuse + 1
+    admissible_batches = slack // config.reuse + 1
     if config.final_version is not None:
-        cohorts_left = -(-(config.final_version - next_version) // config.reuse)
-        admissible_cohorts = min(admissible_cohorts, cohorts_left)
-    return max(0, admissible_cohorts * config.trajectories_per_step - num_queued)
+        batches_left = -(-(config.final_version - next_version) // config.reuse)
+        admissible_batches = min(admissible_batches, batches_left)
+    return max(0, admissible_batches * config.trajectories_per_step - num_queued)

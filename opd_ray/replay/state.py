@@ -56,7 +56,7 @@ class StoreState:
             "payloads": len(self.payloads),
             "payload_bytes": self.payloads.num_bytes,
             "memory_bytes": self.payloads.memory_bytes,
-            "response_tokens": sum(member.receipt.num_response_tokens for member in self.stored.values()),
+            "response_tokens": sum(member.meta.num_response_tokens for member in self.stored.values()),
         }
 
     def check(self) -> None:
@@ -66,22 +66,26 @@ class StoreState:
 
     def in_payloads(self, payload_ids: Collection[int]) -> list[int]:
         """Ids of the stored trajectories in these payloads, ascending."""
-        return sorted(slot for slot, member in self.stored.items() if member.payload_id in payload_ids)
+        return sorted(
+            trajectory_id for trajectory_id, member in self.stored.items() if member.payload_id in payload_ids
+        )
 
     def retire(self, members: Iterable[StoredTrajectory]) -> None:
         """Account for members, already taken out of `in_training`, that had all their uses."""
         for member in members:
             self.payloads.drop_row(member.payload_id)
             self.ledger.train(1)
-            self.lengths.keep(member.receipt.num_response_tokens)
+            self.lengths.keep(member.meta.num_response_tokens)
 
-    def evict(self, slots: Collection[int], reason: str) -> None:
+    def evict(self, trajectory_ids: Collection[int], reason: str) -> None:
         """Drop stored trajectories, also those that the learner has; ids that are not stored are skipped."""
-        members = self.queue.take([slot for slot in slots if slot in self.queue.ready])
-        members += self.in_training.remove(slots)
+        members = self.queue.take(
+            [trajectory_id for trajectory_id in trajectory_ids if trajectory_id in self.queue.ready]
+        )
+        members += self.in_training.remove(trajectory_ids)
         for member in members:
             self.payloads.drop_row(member.payload_id)
             self.ledger.evict(1, reason)
-            self.lengths.drop(member.receipt.num_response_tokens)
+            self.lengths.drop(member.meta.num_response_tokens)
         if self.schedule.uses_left > 0 and not self.in_training.current:
             self.schedule.skip_uses()

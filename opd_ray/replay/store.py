@@ -25,7 +25,7 @@ from opd_ray.replay.sampling import next_batch
 from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig, num_acquirable
 from opd_ray.replay.state import StoreState
-from opd_ray.types import BatchReceipt, Histogram
+from opd_ray.types import BatchMeta, Histogram
 
 STALE = "stale"
 DRAINED = "drained"
@@ -81,8 +81,8 @@ class ReplayStore:
             self._require_open(generation)
             if self._spill is not None and self._spill.is_needed(self._state):
                 await self._relieve(self._spill)
-            elif slots := self._acquire_now(count):
-                return slots
+            elif trajectory_ids := self._acquire_now(count):
+                return trajectory_ids
             else:
                 await self._changed.wait()
 
@@ -111,12 +111,14 @@ class ReplayStore:
 
     # ---- producers ------------------------------------------------------------------------------------------
 
-    def assign(self, slots: Sequence[int], prompt_ids: Sequence[str]) -> None:
+    def assign(self, trajectory_ids: Sequence[int], prompt_ids: Sequence[str]) -> None:
         """Say which prompt each trajectory in flight is for, so that it can be started again (`pending`)."""
-        if len(slots) != len(prompt_ids):
-            raise StoreError(f"assign got {len(slots)} ids and {len(prompt_ids)} prompt ids: give one prompt id each")
-        require(slots, self._state.queue.in_flight, "assign", "in flight")
-        self._state.queue.in_flight.update(zip(slots, prompt_ids, strict=True))
+        if len(trajectory_ids) != len(prompt_ids):
+            raise StoreError(
+                f"assign got {len(trajectory_ids)} ids and {len(prompt_ids)} prompt ids: give one prompt id each"
+            )
+        require(trajectory_ids, self._state.queue.in_flight, "assign", "in flight")
+        self._state.queue.in_flight.update(zip(trajectory_ids, prompt_ids, strict=True))
 
     def pending(self) -> dict[int, str | None]:
         """Trajectories in flight, ascending, with their prompts' ids; None where `assign` was not called.
@@ -125,7 +127,7 @@ class ReplayStore:
         """
         return dict(self._state.queue.in_flight)
 
-    def append(self, receipt: BatchReceipt, ref: Any, *, generation: int | None = None) -> bool:
+    def append(self, meta: BatchMeta, ref: Any, *, generation: int | None = None) -> bool:
         """Store the scored trajectories of one payload; returns False, and stores nothing, for an older `generation`.
 
         Raises `LedgerError` when a trajectory is not in flight, `StoreError` on empty metadata; the store is then
@@ -133,32 +135,32 @@ class ReplayStore:
         """
         if self._is_stale(generation):
             return False
-        slots = [trajectory.slot for trajectory in receipt.trajectories]
-        if not slots:
+        trajectory_ids = [trajectory.trajectory_id for trajectory in meta.trajectories]
+        if not trajectory_ids:
             raise StoreError("append got no trajectories: give at least 1")
-        require(slots, self._state.queue.in_flight, "append", "in flight")
+        require(trajectory_ids, self._state.queue.in_flight, "append", "in flight")
         now_s = self._clock()
-        payload_id = self._state.payloads.put(ref, receipt.num_bytes, len(slots))
-        for trajectory in receipt.trajectories:
+        payload_id = self._state.payloads.put(ref, meta.num_bytes, len(trajectory_ids))
+        for trajectory in meta.trajectories:
             self._state.queue.complete(StoredTrajectory(trajectory, payload_id, now_s))
-        self._state.payload_size.add(receipt.num_bytes, len(slots))
-        self._state.ledger.store(len(slots))
+        self._state.payload_size.add(meta.num_bytes, len(trajectory_ids))
+        self._state.ledger.store(len(trajectory_ids))
         if self._drained:
-            self._state.evict(slots, DRAINED)
+            self._state.evict(trajectory_ids, DRAINED)
         self._notify()
         return True
 
-    def fail(self, slots: Sequence[int], reason: str, *, generation: int | None = None) -> bool:
+    def fail(self, trajectory_ids: Sequence[int], reason: str, *, generation: int | None = None) -> bool:
         """Trajectories in flight ended without a result; returns False for an older `generation`.
 
         Raises `LedgerError` if one is not in flight.
         """
         if self._is_stale(generation):
             return False
-        require(slots, self._state.queue.in_flight, "fail", "in flight")
-        for slot in slots:
-            del self._state.queue.in_flight[slot]
-        self._state.ledger.fail(len(slots), reason)
+        require(trajectory_ids, self._state.queue.in_flight, "fail", "in flight")
+        for trajectory_id in trajectory_ids:
+            del self._state.queue.in_flight[trajectory_id]
+        self._state.ledger.fail(len(trajectory_ids), reason)
         self._notify()
         return True
 
@@ -169,16 +171,16 @@ class ReplayStore:
 
     # ---- the learner ----------------------------------------------------------------------------------------
 
-    def release(self, slots: Sequence[int], policy_version: int) -> None:
-        """The step on `slots` is done, `policy_version` published: retire those that had all their uses.
+    def release(self, trajectory_ids: Sequence[int], policy_version: int) -> None:
+        """The step on `trajectory_ids` is done, `policy_version` published: retire those that had all their uses.
 
         Trajectories evicted since they were sampled are skipped. Raises `LedgerError` for one that is not out,
         `StoreError` for a version below the published one; the store is then unchanged.
         """
         require_newer(policy_version, self._state.schedule.version)
-        require_once(slots, "release")
-        self._state.in_training.check_out(slots)
-        self._state.retire(self._state.in_training.give_back(slots, self._config.reuse))
+        require_once(trajectory_ids, "release")
+        self._state.in_training.check_out(trajectory_ids)
+        self._state.retire(self._state.in_training.give_back(trajectory_ids, self._config.reuse))
         self.set_version(policy_version)
 
     def set_version(self, policy_version: int) -> None:
@@ -187,16 +189,16 @@ class ReplayStore:
         self._state.schedule.publish(policy_version)
         self._notify()
 
-    def evict(self, slots: Sequence[int], reason: str) -> None:
+    def evict(self, trajectory_ids: Sequence[int], reason: str) -> None:
         """Drop stored trajectories, also the learner's; raises `LedgerError` if one is not in the store."""
-        require(slots, self._state.stored, "evict", "in the store")
-        self._state.evict(slots, reason)
+        require(trajectory_ids, self._state.stored, "evict", "in the store")
+        self._state.evict(trajectory_ids, reason)
         self._notify()
 
-    def drop_lost(self, slots: Sequence[int]) -> None:
-        """Evict all trajectories in the payloads of `slots`, which were lost with a node; others are skipped."""
+    def drop_lost(self, trajectory_ids: Sequence[int]) -> None:
+        """Evict all that is in these trajectories' payloads, which were lost with a node; unknown ids are skipped."""
         stored = self._state.stored
-        lost = {stored[slot].payload_id for slot in slots if slot in stored}
+        lost = {stored[trajectory_id].payload_id for trajectory_id in trajectory_ids if trajectory_id in stored}
         self._state.evict(self._state.in_payloads(lost), PAYLOAD_LOST)
         self._notify()
 
@@ -209,8 +211,8 @@ class ReplayStore:
     async def write(self, image: StoreImage, folder: Path) -> None:
         """Write an image into `folder`, which exists; the store may change meanwhile.
 
-        Trajectories whose payloads turn out to be lost are evicted, and are missing in `folder`. Raises `SnapshotError`
-        if it cannot be written.
+        Trajectories whose payloads turn out to be lost are evicted, and are missing in `folder`. Raises
+        `CheckpointError` if it cannot be written.
         """
         generation = self.generation
         lost = await write_image(image, folder, self._io, self._config)
@@ -221,8 +223,8 @@ class ReplayStore:
         """Continue from what `write` left in `folder`.
 
         Trajectories that were in flight are so again, and uses that were not released are repeated. Raises
-        `SnapshotError` on a folder that is missing, damaged or of another run, `StoreError` when this store was in use;
-        it stays as it was.
+        `CheckpointError` on a folder that is missing, damaged or of another run, `StoreError` when this store was in
+        use; it stays as it was.
         """
         state = rebuild(await read_image(folder, self._io), self._config, self._clock())
         if self._state.ledger.started:
@@ -339,6 +341,6 @@ class ReplayStore:
             member.num_uses += 1
         self._state.schedule.use(learner_version)
         position: dict[int, int] = {}
-        rows = tuple((position.setdefault(member.payload_id, len(position)), member.receipt.row) for member in members)
+        rows = tuple((position.setdefault(member.payload_id, len(position)), member.meta.row) for member in members)
         self._notify()
         return SampledBatch(tuple(self._state.payloads[number].ref for number in position), rows, infos)

@@ -29,28 +29,28 @@ class Queue:
 
     def give(self, count: int) -> tuple[int, ...]:
         """Return `count` new ids, in flight from now on."""
-        slots = tuple(range(self.num_given, self.num_given + count))
+        trajectory_ids = tuple(range(self.num_given, self.num_given + count))
         self.num_given += count
-        self.in_flight.update(dict.fromkeys(slots))
-        return slots
+        self.in_flight.update(dict.fromkeys(trajectory_ids))
+        return trajectory_ids
 
     def complete(self, trajectory: StoredTrajectory) -> None:
         """Move a trajectory from in flight to ready."""
-        del self.in_flight[trajectory.receipt.slot]
+        del self.in_flight[trajectory.meta.trajectory_id]
         self.put(trajectory)
 
     def put(self, trajectory: StoredTrajectory) -> None:
         """Add a ready trajectory that was not in flight here."""
-        self.ready[trajectory.receipt.slot] = trajectory
-        insort(self._order, trajectory.receipt.slot)
-        self._versions[trajectory.receipt.oldest_version] += 1
+        self.ready[trajectory.meta.trajectory_id] = trajectory
+        insort(self._order, trajectory.meta.trajectory_id)
+        self._versions[trajectory.meta.oldest_version] += 1
 
-    def take(self, slots: Iterable[int]) -> list[StoredTrajectory]:
+    def take(self, trajectory_ids: Iterable[int]) -> list[StoredTrajectory]:
         """Remove ready trajectories; returns them in the order named."""
-        taken = [self.ready.pop(slot) for slot in slots]
+        taken = [self.ready.pop(trajectory_id) for trajectory_id in trajectory_ids]
         if taken:
-            self._order = [slot for slot in self._order if slot in self.ready]
-            self._versions -= Counter(member.receipt.oldest_version for member in taken)
+            self._order = [trajectory_id for trajectory_id in self._order if trajectory_id in self.ready]
+            self._versions -= Counter(member.meta.oldest_version for member in taken)
         return taken
 
     def head(self, size: int) -> list[int]:
@@ -68,7 +68,7 @@ class Queue:
         """Return the ready ids with a token below policy version `version`."""
         if min(self._versions, default=version) >= version:
             return []
-        return [slot for slot, member in self.ready.items() if member.receipt.oldest_version < version]
+        return [trajectory_id for trajectory_id, member in self.ready.items() if member.meta.oldest_version < version]
 
 
 class InTraining:
@@ -85,8 +85,8 @@ class InTraining:
 
     def begin(self, batch: Sequence[StoredTrajectory]) -> None:
         """Make `batch`, in order of id, the current one."""
-        self.members.update({member.receipt.slot: member for member in batch})
-        self.current = [member.receipt.slot for member in batch]
+        self.members.update({member.meta.trajectory_id: member for member in batch})
+        self.current = [member.meta.trajectory_id for member in batch]
         self._payloads.update(member.payload_id for member in batch)
 
     def has_payload(self, payload_id: int) -> bool:
@@ -95,40 +95,41 @@ class InTraining:
 
     def current_batch(self) -> list[StoredTrajectory]:
         """Members of the current batch."""
-        return [self.members[slot] for slot in self.current]
+        return [self.members[trajectory_id] for trajectory_id in self.current]
 
-    def check_out(self, slots: Iterable[int]) -> None:
-        """Raise `LedgerError` unless the learner has every one of `slots`."""
-        for slot in slots:
-            member = self.members.get(slot)
-            if slot not in self._dropped and (member is None or member.num_releases >= member.num_uses):
+    def check_out(self, trajectory_ids: Iterable[int]) -> None:
+        """Raise `LedgerError` unless the learner has every one of `trajectory_ids`."""
+        for trajectory_id in trajectory_ids:
+            member = self.members.get(trajectory_id)
+            if trajectory_id not in self._dropped and (member is None or member.num_releases >= member.num_uses):
                 raise LedgerError(
-                    f"trajectory {slot} was released and is not out for training: release what was sampled, once"
+                    f"trajectory {trajectory_id} was released and is not out for training: "
+                    "release what was sampled, once"
                 )
 
-    def give_back(self, slots: Iterable[int], reuse: int) -> list[StoredTrajectory]:
-        """Count a release of `slots`; returns those that had `reuse` uses and are retired now."""
+    def give_back(self, trajectory_ids: Iterable[int], reuse: int) -> list[StoredTrajectory]:
+        """Count a release of `trajectory_ids`; returns those that had `reuse` uses and are retired now."""
         retired = []
-        for slot in slots:
-            if slot in self._dropped:
-                self._dropped[slot] -= 1
-                if self._dropped[slot] == 0:
-                    del self._dropped[slot]
+        for trajectory_id in trajectory_ids:
+            if trajectory_id in self._dropped:
+                self._dropped[trajectory_id] -= 1
+                if self._dropped[trajectory_id] == 0:
+                    del self._dropped[trajectory_id]
                 continue
-            member = self.members[slot]
+            member = self.members[trajectory_id]
             member.num_releases += 1
             if member.num_releases == reuse:
-                retired.append(self.members.pop(slot))
+                retired.append(self.members.pop(trajectory_id))
         self._forget_payloads(retired)
         return retired
 
-    def remove(self, slots: Iterable[int]) -> list[StoredTrajectory]:
-        """Remove the members among `slots`, also those that the learner has; returns them."""
-        taken = [self.members.pop(slot) for slot in slots if slot in self.members]
+    def remove(self, trajectory_ids: Iterable[int]) -> list[StoredTrajectory]:
+        """Remove the members among `trajectory_ids`, also those that the learner has; returns them."""
+        taken = [self.members.pop(trajectory_id) for trajectory_id in trajectory_ids if trajectory_id in self.members]
         for member in taken:
             if member.num_uses > member.num_releases:
-                self._dropped[member.receipt.slot] = member.num_uses - member.num_releases
-        self.current = [slot for slot in self.current if slot in self.members]
+                self._dropped[member.meta.trajectory_id] = member.num_uses - member.num_releases
+        self.current = [trajectory_id for trajectory_id in self.current if trajectory_id in self.members]
         self._forget_payloads(taken)
         return taken
 

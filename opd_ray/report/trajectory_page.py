@@ -1,4 +1,4 @@
-"""One HTML page of a trajectory's text at all of its visits, with the numbers of every token in it.
+"""One HTML page of a trajectory's text at all of its uses, with the numbers of every token in it.
 
 The page needs no network and nothing beside itself. Per-token numbers are little-endian arrays in base64, log-probs of
 the top-K lists rounded to 1/1024 nats, so that a response of 16k tokens with K = 32 opens at once.
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from opd_ray.errors import DataError
-from opd_ray.run.trajectory_dump import DumpedVisit
+from opd_ray.run.trajectory_records import RecordedUse
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _FLOATS = ("drift", "token_weights", "losses", "kl", "entropy", "behavior_logprobs", "current_logprobs")
@@ -31,24 +31,28 @@ _BASELINES = {
 
 
 def trajectory_page(
-    visits: Sequence[DumpedVisit], opens_at: int, *, run: str, settings: Mapping[str, Mapping[str, Any]]
+    uses: Sequence[RecordedUse], opens_at: int, *, run: str, settings: Mapping[str, Mapping[str, Any]]
 ) -> str:
     """The page of one trajectory, as HTML.
 
     Args:
-        visits: its visits, at least one, in order of step.
-        opens_at: place in `visits` of the one that the page shows first.
+        uses: its uses, at least one, in order of step.
+        opens_at: place in `uses` of the one that the page shows first.
         run: name of the run.
-        settings: keys ``objective`` and ``gate``, as they stand in the dump.
+        settings: keys ``objective`` and ``gate``, as they stand in the record.
 
     Raises:
-        DataError: the visits are of several trajectories.
+        DataError: the uses are of several trajectories.
     """
-    first = visits[0]
-    for other in visits:
-        if other.slot != first.slot or not np.array_equal(other.response_token_ids, first.response_token_ids):
-            raise DataError(f"slot {first.slot} stands for several trajectories: name one step of it with step=N")
-    texts = _texts(visits)
+    first = uses[0]
+    for other in uses:
+        if other.trajectory_id != first.trajectory_id or not np.array_equal(
+            other.response_token_ids, first.response_token_ids
+        ):
+            raise DataError(
+                f"id {first.trajectory_id} stands for several trajectories: name one step of it with step=N"
+            )
+    texts = _texts(uses)
     known = np.array(sorted(texts), dtype=np.int64)
     data = {
         "opensAt": opens_at,
@@ -64,41 +68,41 @@ def trajectory_page(
         "teacherLogprobs": _rounded(first.teacher_topk_logprobs),
         "isGated": settings["gate"]["kind"] != "off",
         "hasTau": settings["gate"]["kind"] in _DRIFT_GATES,
-        "visits": [_visit_data(visit, known) for visit in visits],
+        "uses": [_use_data(use, known) for use in uses],
     }
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template("trajectory.html.j2").render(
-        run=run, first=first, visits=visits, facts=_facts(first, settings), data=data
+        run=run, first=first, uses=uses, facts=_facts(first, settings), data=data
     )
 
 
-def _visit_data(visit: DumpedVisit, known: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """What the page's script knows of a visit; `known` are the ids that have a text."""
+def _use_data(use: RecordedUse, known: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """What the page's script knows of a use; `known` are the ids that have a text."""
     return {
-        "step": visit.step,
-        "visit": visit.visit,
-        "staleness": visit.staleness,
-        "tau": visit.tau,
-        "isFresh": visit.is_fresh,
-        "isMeasured": visit.is_measured,
-        "behaviorFromEngine": visit.behavior_from_engine,
-        "mask": _packed(visit.mask, "uint8"),
-        "segments": _packed(visit.segment_ids, "int32"),
-        "segmentDrift": _packed(visit.segment_drift, "float32"),
-        "segmentGate": _packed(visit.segment_gate, "float32"),
-        "segmentTokens": _packed(visit.segment_tokens, "int32"),
-        "studentLogprobs": _rounded(visit.student_at_support_logprobs),
-        "ownIds": _places(visit.student_topk_ids, known),
-        "ownLogprobs": _rounded(visit.student_topk_logprobs),
-        **{name: _packed(getattr(visit, name), "float32") for name in _FLOATS},
+        "step": use.step,
+        "use": use.use,
+        "staleness": use.staleness,
+        "tau": use.tau,
+        "isFresh": use.is_fresh,
+        "isMeasured": use.is_measured,
+        "behaviorFromEngine": use.behavior_from_engine,
+        "mask": _packed(use.mask, "uint8"),
+        "segments": _packed(use.segment_ids, "int32"),
+        "segmentDrift": _packed(use.segment_drift, "float32"),
+        "segmentGate": _packed(use.segment_gate, "float32"),
+        "segmentTokens": _packed(use.segment_tokens, "int32"),
+        "studentLogprobs": _rounded(use.student_at_support_logprobs),
+        "ownIds": _places(use.student_topk_ids, known),
+        "ownLogprobs": _rounded(use.student_topk_logprobs),
+        **{name: _packed(getattr(use, name), "float32") for name in _FLOATS},
     }
 
 
-def _texts(visits: Sequence[DumpedVisit]) -> dict[int, str]:
+def _texts(uses: Sequence[RecordedUse]) -> dict[int, str]:
     """The text of every id that a top-K list names."""
-    pairs = (pair for visit in visits for pair in zip(visit.text_ids.tolist(), visit.texts, strict=True))
+    pairs = (pair for use in uses for pair in zip(use.text_ids.tolist(), use.texts, strict=True))
     return {int(token_id): text for token_id, text in pairs}
 
 
@@ -107,7 +111,7 @@ def _places(token_ids: npt.NDArray[np.int64], known: npt.NDArray[np.int64]) -> d
     return _packed(np.searchsorted(known, token_ids), "uint16" if len(known) <= 1 << 16 else "uint32")
 
 
-def _facts(first: DumpedVisit, settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _facts(first: RecordedUse, settings: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What the page's head says of the trajectory and the settings."""
     objective, gate = settings["objective"], settings["gate"]
     versions = sorted({int(version) for version in first.token_versions})

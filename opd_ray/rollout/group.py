@@ -15,7 +15,7 @@ from opd_ray.errors import ActorDiedError, DeadlineError, LearnerLostError, Payl
 from opd_ray.evaluation.grading import Completion
 from opd_ray.planning.placement import Share
 from opd_ray.rollout.worker import RolloutWorker
-from opd_ray.types import LoadReceipt, Prompt, WeightsReceipt
+from opd_ray.types import LoadResult, Prompt, WeightsMeta
 
 ROLE = "rollout"
 
@@ -29,7 +29,7 @@ class RolloutGroup(WorkerGroup):
     def __init__(self, role: str, deadline_s: float, max_restarts: int = 0) -> None:
         super().__init__(role, deadline_s, max_restarts)
         # Kept for engines to come; the buckets belong to this process, so they outlive the learner.
-        self._published: tuple[WeightsReceipt, tuple[Any, ...]] | None = None
+        self._published: tuple[WeightsMeta, tuple[Any, ...]] | None = None
 
     @classmethod
     def create(cls, cfg: RunConfig, share: Share, paths: Sequence[str], role: str = ROLE) -> RolloutGroup:
@@ -44,18 +44,18 @@ class RolloutGroup(WorkerGroup):
         group.start(RolloutWorker, share, args, env, cfg.placement.rollout)
         return group
 
-    async def publish(self, weights: WeightsReceipt, buckets: Sequence[Any]) -> list[LoadReceipt]:
-        """Hop 12: hand weights to all engines; returns when each that serves has confirmed version and checksum.
+    async def publish(self, weights: WeightsMeta, buckets: Sequence[Any]) -> list[LoadResult]:
+        """Stage 12: hand weights to all engines; returns when each that serves has confirmed version and checksum.
 
         One that died is replaced, and gets them before it serves. Raises `WeightSyncError` when one confirms something
         else, `LearnerLostError` when the weights are gone with the learner's node.
         """
         self._published = weights, tuple(buckets)
         loaded = await asyncio.gather(*(self._load(index) for index in range(len(self.workers))))
-        return [receipt for receipt in loaded if receipt is not None]
+        return [meta for meta in loaded if meta is not None]
 
-    async def _load(self, index: int) -> LoadReceipt | None:
-        if index in self.absent:
+    async def _load(self, index: int) -> LoadResult | None:
+        if index in self.unavailable:
             return None
         worker = self.workers[index]
         try:
@@ -66,12 +66,12 @@ class RolloutGroup(WorkerGroup):
             self.replace(index, worker, error)
         return None
 
-    async def _confirmed(self, worker: Any, index: int) -> LoadReceipt:
+    async def _confirmed(self, worker: Any, index: int) -> LoadResult:
         if self._published is None:
             raise RuntimeError("no weights were published: call publish first")
         weights, buckets = self._published
         try:
-            loaded: LoadReceipt = await self.result(worker.load_weights.remote(weights, *buckets), index)
+            loaded: LoadResult = await self.result(worker.load_weights.remote(weights, *buckets), index)
         except PayloadLostError as error:
             raise LearnerLostError(
                 f"the weights of version {weights.policy_version} are gone with the learner's node: start again with "
@@ -142,7 +142,7 @@ class RolloutGroup(WorkerGroup):
         while True:
             await self.someone_serves()
             num = len(self.workers)
-            index = next(index % num for index in range(first, first + num) if index % num not in self.absent)
+            index = next(index % num for index in range(first, first + num) if index % num not in self.unavailable)
             worker = self.workers[index]
             try:
                 answers: list[list[Completion]] = await self._while_it_decodes(worker, index, request, tell)

@@ -15,7 +15,7 @@ from opd_ray.config.choices import Dtype, Template
 from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ModelError
 from opd_ray.evaluation.grading import Completion
-from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
+from opd_ray.types import BatchMeta, LoadResult, Prompt, RolloutRequest, TrajectoryMeta, WeightsMeta
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,7 +47,7 @@ class RolloutWorker:
         self._prompts = PromptTokenizer(self._tokenizer, cfg.data.template, model_path)
         self._batch_spec = BatchSpec(
             tokenizer_fingerprint(self._tokenizer),
-            support=cfg.teacher.support.name,
+            support=cfg.teacher.scored.name,
             student_top_k=cfg.student_top_k,
             sampled_logprob_dtype=cfg.replay.sampled_logprob_dtype.name,
         )
@@ -64,30 +64,32 @@ class RolloutWorker:
         """The worker's name, once it is ready to serve."""
         return self._name
 
-    async def generate(self, request: RolloutRequest) -> tuple[pa.Buffer, BatchReceipt]:
-        """Hop 3: sample every slot of the request; an Arrow payload and its receipt."""
+    async def generate(self, request: RolloutRequest) -> tuple[pa.Buffer, BatchMeta]:
+        """Stage 3: sample every trajectory of the request; an Arrow payload and its metadata."""
         from opd_ray.rollout.engine import Sampling
         from opd_ray.trajectory.codec import encode_rollouts
 
         started = time.monotonic()
         cfg, part = self._cfg, self._cfg.rollout
-        prompts = [prompt for prompt in request.prompts for _ in range(request.num_samples)][: len(request.slots)]
+        prompts = [prompt for prompt in request.prompts for _ in range(request.num_samples)][
+            : len(request.trajectory_ids)
+        ]
         encoded = {prompt.id: self._prompts.encode(prompt) for prompt in request.prompts}
         todo = {}
-        for prompt, slot in zip(prompts, request.slots, strict=True):
-            seed = sampling_seed(cfg.seed, "rollout", slot)
+        for prompt, trajectory_id in zip(prompts, request.trajectory_ids, strict=True):
+            seed = sampling_seed(cfg.seed, "rollout", trajectory_id)
             sampling = Sampling(part.temperature, part.top_p, part.max_response_tokens, seed, cfg.student_top_k)
-            todo[f"rollout-{slot}"] = (encoded[prompt.id], sampling)
+            todo[f"rollout-{trajectory_id}"] = (encoded[prompt.id], sampling)
         streams = await self._engine.generate(todo)
         rows = [
-            self._row(slot, prompt.id, encoded[prompt.id], streams[f"rollout-{slot}"])
-            for prompt, slot in zip(prompts, request.slots, strict=True)
+            self._row(trajectory_id, prompt.id, encoded[prompt.id], streams[f"rollout-{trajectory_id}"])
+            for prompt, trajectory_id in zip(prompts, request.trajectory_ids, strict=True)
         ]
         payload = encode_rollouts(rows, self._batch_spec)
-        receipts = tuple(_receipt(index, row) for index, row in enumerate(rows))
-        return payload, BatchReceipt(receipts, self._name, time.monotonic() - started, payload.size)
+        metas = tuple(_receipt(index, row) for index, row in enumerate(rows))
+        return payload, BatchMeta(metas, self._name, time.monotonic() - started, payload.size)
 
-    def _row(self, slot: int, prompt_id: str, prompt_token_ids: list[int], stream: Any) -> Any:
+    def _row(self, trajectory_id: int, prompt_id: str, prompt_token_ids: list[int], stream: Any) -> Any:
         import numpy as np
 
         from opd_ray.trajectory.rows import RolloutRow
@@ -95,7 +97,7 @@ class RolloutWorker:
 
         starts, values = version_segments(stream.versions)
         return RolloutRow(
-            slot=slot,
+            trajectory_id=trajectory_id,
             prompt_id=prompt_id,
             prompt_token_ids=np.asarray(prompt_token_ids, dtype=np.int32),
             response_token_ids=np.asarray(stream.token_ids, dtype=np.int32),
@@ -143,8 +145,8 @@ class RolloutWorker:
         """Responses that ended since the last `complete` began, and tokens decoded since the engine was built."""
         return self._engine.num_finished - self._finished_before, self._engine.num_decoded
 
-    async def load_weights(self, published: WeightsReceipt, *buckets: WeightBucket) -> LoadReceipt:
-        """Hop 12: check and take over published weights, of whatever version, and confirm them.
+    async def load_weights(self, published: WeightsMeta, *buckets: WeightBucket) -> LoadResult:
+        """Stage 12: check and take over published weights, of whatever version, and confirm them.
 
         Raises `WeightSyncError`: before anything is loaded where the checksum differs, and the old weights stay in use.
         """
@@ -152,11 +154,11 @@ class RolloutWorker:
 
         # Those that come first are loaded first, however long their checksum takes.
         async with self._loading:
-            # In a thread: decoding goes on meanwhile.
+            # In a thread: decoding continues meanwhile.
             found = await asyncio.to_thread(combined_checksum, buckets)
             check_same(published.checksum, found, self._name)
             takeover = await self._engine.load_weights(buckets, published.policy_version)
-        return LoadReceipt(
+        return LoadResult(
             worker=self._name,
             policy_version=published.policy_version,
             checksum=found,
@@ -174,9 +176,9 @@ class RolloutWorker:
         self._engine.shutdown()
 
 
-def _receipt(index: int, row: Any) -> TrajectoryReceipt:
-    return TrajectoryReceipt(
-        slot=row.slot,
+def _receipt(index: int, row: Any) -> TrajectoryMeta:
+    return TrajectoryMeta(
+        trajectory_id=row.trajectory_id,
         prompt_id=row.prompt_id,
         row=index,
         num_prompt_tokens=len(row.prompt_token_ids),

@@ -1,1 +1,1 @@
-"""A run as it lies on disk: its folder, what is written into it, checkpoints, and how one is gone on with."""
+"""A run as it lies on disk: its folder, what is written into it, checkpoints, and how one is resumed."""

@@ -146,7 +146,7 @@ class Checkpoints:
         await ended_in_thread(draft.commit_to.discard)
 
     async def settle(self) -> None:
-        """Wait until no checkpoint is being written; raises `CheckpointError` or `SnapshotError` where one failed.
+        """Wait until no checkpoint is being written; raises `CheckpointError` or `CheckpointError` where one failed.
 
         Older checkpoints are then still there.
         """

@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 
 
 class RunFolder:
-    """The folder of one run; `create` makes it, `reopen` goes on with it, `path` is where it lies (absolute)."""
+    """The folder of one run; `create` makes it, `reopen` continues with it, `path` is where it lies (absolute)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -104,7 +104,7 @@ class RunFolder:
         self._lock_fd = fd
 
     def close(self) -> None:
-        """Let others go on with the folder; closing twice does no harm."""
+        """Let others continue with the folder; closing twice does no harm."""
         fd, self._lock_fd = self._lock_fd, None
         if fd is not None:
             os.close(fd)

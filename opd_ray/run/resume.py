@@ -1,4 +1,4 @@
-"""Which run a command goes on with: the last of its config if that was cut off, the one that it names, or none."""
+"""Which run a command continues with: the last of its config if that was cut off, the one that it names, or none."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from opd_ray.run.folder import CONFIG_FILE, RunFolder, run_folders
 AUTO = "auto"
 NEVER = "never"
 
-# What may differ between the config of a checkpoint and of the run that goes on from it.
+# What may differ between the config of a checkpoint and of the run that continues from it.
 _FREE = ("resume", "runs_dir", "deadline_s", "checkpoint.", "faults.", "telemetry.")
 _FREE_WHEN_NAMED = (*_FREE, "num_steps")
 
 
 def checkpoint_to_resume(cfg: RunConfig, config_values: Mapping[str, Any]) -> Checkpoint | None:
-    """The checkpoint to go on from; None for a new run.
+    """The checkpoint to continue from; None for a new run.
 
     With ``resume=auto`` that of the newest run of the same config that was cut off and is not running any more; a run
-    that came to its end is not gone on with. Raises `CheckpointError` when a named run has none, is running, or was
+    that came to its end is not resumed. Raises `CheckpointError` when a named run has none, is running, or was
     made with another config (`num_steps` may differ, so that a finished run can be made longer).
     """
     if cfg.resume == NEVER:

@@ -17,8 +17,8 @@ _TAIL_BYTES = 1 << 16
 class JsonLines:
     """Appends lines. Each is handed to the system as a whole, so a kill can cut the last one at most.
 
-    Opening an existing file goes on after its last whole line. Raises `RunFolderError` when the file cannot be opened,
-    written or cut.
+    Opening an existing file continues after its last whole line. Raises `RunFolderError` when the file cannot be
+    opened, written or cut.
     """
 
     def __init__(self, path: Path) -> None:

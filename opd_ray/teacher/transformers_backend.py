@@ -46,7 +46,7 @@ class TeacherModel:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model: Any = load_causal_lm(path, dtype).to(self._device).eval()
         self._head: Tensor = self._model.get_output_embeddings().weight[:vocab_size].detach()
-        # Kept: to have pages of this size anew for every chunk costs a CPU as much time as a pass over them.
+        # Kept: to have pages of this size again for every chunk costs a CPU as much time as a pass over them.
         self._logits = self._head.new_empty(max(1, MAX_LOGITS // len(self._head)), len(self._head))
         self._takes_trees = takes_prefix_trees(self._model)
         self._pad_id = pad_id

@@ -15,7 +15,7 @@ from opd_ray.cluster.worker_group import MALLOC_ENV, WorkerGroup, vllm_env
 from opd_ray.config.choices import LogprobDtype, Support, TeacherBackend
 from opd_ray.config.schema import RunConfig
 from opd_ray.planning.placement import Share
-from opd_ray.types import BatchReceipt, Prompt
+from opd_ray.types import BatchMeta, Prompt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,7 +70,7 @@ class TeacherWorker:
             spec.tokenizer_fingerprint,
             top_k=cfg.teacher.top_k,
             logprob_dtype=cfg.replay.logprob_dtype.name,
-            support=cfg.teacher.support.name,
+            support=cfg.teacher.scored.name,
             sampled_logprob_dtype=cfg.replay.sampled_logprob_dtype.name,
         )
 
@@ -78,8 +78,8 @@ class TeacherWorker:
         """The worker's name, once it is ready to serve."""
         return self._spec.name
 
-    def score(self, payload: pa.Buffer, receipt: BatchReceipt, prompts: Sequence[Prompt]) -> tuple[Any, BatchReceipt]:
-        """Hops 4 and 5: a rollout payload with teacher columns added, and its receipt.
+    def score(self, payload: pa.Buffer, meta: BatchMeta, prompts: Sequence[Prompt]) -> tuple[Any, BatchMeta]:
+        """Stages 4 and 5: a rollout payload with teacher columns added, and its metadata.
 
         `prompts` holds the prompt of every trajectory. Raises `SchemaError` when the payload was made with another
         tokenizer or for another support, or has ids that the teacher does not share.
@@ -91,7 +91,7 @@ class TeacherWorker:
         cfg = self._cfg
         batch = decode(payload, expected=self._batch_spec.rollout)
         by_id = {prompt.id: self._prompts.encode(prompt) for prompt in prompts}
-        given = row_views(batch, "student_topk_ids") if cfg.teacher.support is Support.student_topk else None
+        given = row_views(batch, "student_topk_ids") if cfg.teacher.scored is Support.student_topk else None
         scores = self._model.score(
             [by_id[str(prompt_id)] for prompt_id in batch.column("prompt_id").to_pylist()],
             row_views(batch, "response_token_ids"),
@@ -104,7 +104,7 @@ class TeacherWorker:
             rounded([row.topk_logprobs for row in scores], cfg.replay.logprob_dtype),
             self._batch_spec,
         )
-        return out, BatchReceipt(receipt.trajectories, self._spec.name, time.monotonic() - started, out.size)
+        return out, BatchMeta(meta.trajectories, self._spec.name, time.monotonic() - started, out.size)
 
     def stop(self) -> None:
         """Stop what the scorer has started, so that the process can end at once."""

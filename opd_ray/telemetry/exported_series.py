@@ -69,7 +69,7 @@ SERIES = (
         "replay/(?P<state>in_flight|ready|in_training)",
         "Trajectories that are being made, are ready, or belong to the batch in training.",
     ),
-    Series("opd_store_free_slots", "replay/acquirable", "Trajectories that may be started now."),
+    Series("opd_store_free_permits", "replay/acquirable", "Trajectories that may be started now."),
     Series(
         "opd_store_bytes", "replay/(?P<place>payload|memory)_bytes", "Bytes of stored payloads, all or those in memory."
     ),
@@ -103,7 +103,7 @@ SERIES = (
     Series(
         "opd_trained_tokens_total",
         "learner/tokens/loss",
-        "Tokens that had a loss, repeated visits included, since the process began.",
+        "Tokens that had a loss, repeated uses included, since the process began.",
         Kind.added,
     ),
     Series(

@@ -100,7 +100,7 @@ class RayMetricsSink:
         try:
             with self._lock:
                 call()
-        except Exception as error:  # noqa: BLE001  (whatever Ray raises, the run goes on)
+        except Exception as error:  # noqa: BLE001  (whatever Ray raises, the run continues)
             self._ended.set()
             logger.warning(
                 "Ray metrics are off for the rest of the run, they failed to %s: %s: %s",

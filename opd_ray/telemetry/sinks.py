@@ -102,7 +102,7 @@ class WandbSink:
         self._run = wandb.init(
             project=project,
             name=run_name,
-            # A resumed run goes on with its own curves.
+            # A resumed run continues with its own curves.
             id=run_name,
             resume="allow",
             config=dict(config),
@@ -115,7 +115,7 @@ class WandbSink:
     def _guard(self, action: str, call: Callable[[], object]) -> None:
         try:
             call()
-        except Exception as error:  # noqa: BLE001  (whatever W&B raises, the run goes on)
+        except Exception as error:  # noqa: BLE001  (whatever W&B raises, the run continues)
             self._run = None
             _log.warning("W&B is off for the rest of the run, it failed to %s: %s", action, _one_line(error))
 

@@ -183,7 +183,7 @@ class Controller:
         groups = self._groups
         for role, counted in (("rollout", groups.rollout), ("teacher", groups.teacher), ("learner", groups.learner)):
             metrics[f"faults/restarts/{role}"] = float(counted.num_restarts)
-            metrics[f"faults/absent/{role}"] = float(len(counted.absent))
+            metrics[f"faults/unavailable/{role}"] = float(len(counted.unavailable))
         metrics["faults/redone_steps"] = float(self.totals.redone_steps)
         metrics["faults/stale_completions"] = float(groups.store.num_stale_completions)
         metrics |= self._loop_lag.take()

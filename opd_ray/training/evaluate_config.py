@@ -37,7 +37,7 @@ class EvaluateConfig:
 
     model: str = documented("", "folder, hub id, tiny:student, tiny:teacher, or a run folder: its student")
     benchmarks: list[str] = field(default_factory=list, metadata={"doc": "names of benchmarks, in this order"})
-    recompute: str = documented("", "folder or file of samples: verdicts are made anew, and nothing is sampled")
+    recompute: str = documented("", "folder or file of samples: verdicts are made again, and nothing is sampled")
     n: int = ranged(8, "samples a problem", ge=1)
     temperature: float = ranged(1.0, "sampling temperature, 0 = the most probable token", ge=0)
     top_p: float = ranged(0.9, "nucleus mass", gt=0, le=1)

@@ -25,7 +25,7 @@ from opd_ray.replay.store import ReplayStore
 from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import LEARNER, STORE, STUDENT, Checkpoint, CheckpointDraft, Checkpoints
 from opd_ray.training.workload import GroupLoad, pipeline_metrics
-from opd_ray.types import LoadReceipt
+from opd_ray.types import LoadResult
 
 RolloutState = Callable[[], dict[str, Any]]
 StepDone = Callable[[SampledBatch, Metrics], Awaitable[None]]
@@ -96,7 +96,7 @@ class LearnerLoop:
                 draft = await self._checkpoints.begin(self.policy_version)
             metrics |= await self._publish(batch, draft)
             # No await from here until the image is taken: store, prompts and learner of one instant.
-            self._store.release(batch.slots, self.policy_version)
+            self._store.release(batch.trajectory_ids, self.policy_version)
             if draft is not None:
                 image, draft.rollout_state = self._store.freeze(), rollout_state()
             metrics |= pipeline_metrics(self._loads) | _batch_metrics(trained, self._store)
@@ -123,20 +123,20 @@ class LearnerLoop:
         Raises `CheckpointError` when the learner's state is missing, damaged or of another model.
         """
         if checkpoint is not None:
-            await self._ask(self._learner.load_state(checkpoint.learner))
+            await self._ask(self._learner.load_checkpoint(checkpoint.learner))
             self.policy_version = self._totals.steps = checkpoint.policy_version
         await self.publish()
 
     async def _publish(self, batch: SampledBatch, draft: CheckpointDraft | None) -> Metrics:
         """Publish after a step on what was left of `batch`, where something needs the weights; save the learner."""
         metrics: Metrics = {}
-        uses = max(info.visits for info in batch.infos)
+        uses = max(info.num_uses for info in batch.infos)
         # A checkpoint may find that the rest of a batch is lost, and then rollout starts at once.
         if self._cfg.replay.max_staleness > 0 or uses >= self._cfg.replay.reuse or draft is not None:
             metrics |= await self.publish()
         if draft is not None:
             begun = time.monotonic()
-            await self._ask(self._learner.save_state(draft.part(LEARNER)))
+            await self._ask(self._learner.save_checkpoint(draft.part(LEARNER)))
             await self._ask(self._learner.save(draft.folder / STUDENT))
             metrics["time/checkpoint_s"] = time.monotonic() - begun
         return metrics
@@ -144,19 +144,19 @@ class LearnerLoop:
     async def _train(self, batch: SampledBatch) -> tuple[SampledBatch | None, Metrics]:
         """One optimizer step on what of `batch` is there; what was trained on (None: all of it is lost)."""
         begun = time.monotonic()
-        with self._loads["learner"].call(0, len(batch.slots)):
+        with self._loads["learner"].call(0, len(batch.trajectory_ids)):
             while isinstance(answer := await self._try_to_train(batch), LostTrajectories):
-                left = batch.without(answer.slots)
-                self._totals.lost_trajectories += len(batch.slots) - len(left.slots)
+                left = batch.without(answer.trajectory_ids)
+                self._totals.lost_trajectories += len(batch.trajectory_ids) - len(left.trajectory_ids)
                 logger.warning(
                     "step %d: %d of %d trajectories were lost with a node; the step uses the others",
                     self.policy_version + 1,
-                    len(batch.slots) - len(left.slots),
-                    len(batch.slots),
+                    len(batch.trajectory_ids) - len(left.trajectory_ids),
+                    len(batch.trajectory_ids),
                 )
-                self._store.drop_lost(answer.slots)
+                self._store.drop_lost(answer.trajectory_ids)
                 batch = left
-                if not batch.slots:
+                if not batch.trajectory_ids:
                     return None, {}
         return batch, self._counted(answer, begun)
 
@@ -172,7 +172,7 @@ class LearnerLoop:
         In lock-step the engines may be uses behind: what they sample for the next batch would be too old.
         """
         await self.publish()
-        self._store.release(batch.slots, self.policy_version)
+        self._store.release(batch.trajectory_ids, self.policy_version)
 
     def _counted(self, reports: list[RankReport], begun: float) -> Metrics:
         metrics = step_metrics(
@@ -193,12 +193,12 @@ class LearnerLoop:
         if self._published_version == self.policy_version:
             return {}
         begun = time.monotonic()
-        receipt, buckets = await self._ask(self._learner.export(self.policy_version))
-        loaded: list[LoadReceipt] = await self._engines.publish(receipt, buckets)
+        meta, buckets = await self._ask(self._learner.export(self.policy_version))
+        loaded: list[LoadResult] = await self._engines.publish(meta, buckets)
         self._published_version = self.policy_version
         return {
             "time/publish_s": time.monotonic() - begun,
-            "publish/bytes": float(receipt.num_bytes),
+            "publish/bytes": float(meta.num_bytes),
             "publish/standstill_s/max": max((engine.standstill_s for engine in loaded), default=0.0),
             "publish/aborted_tokens": float(sum(engine.num_aborted_tokens for engine in loaded)),
         }
@@ -228,7 +228,7 @@ def _batch_metrics(batch: SampledBatch, store: ReplayStore) -> Metrics:
     return {
         "replay/staleness/max": float(max(staleness)),
         "replay/staleness/mean": sum(staleness) / len(staleness),
-        "replay/visits/max": float(max(info.visits for info in batch.infos)),
+        "replay/uses/max": float(max(info.num_uses for info in batch.infos)),
         "replay/age_s/max": max(info.age_s for info in batch.infos),
         "rollout/response_tokens/mean": sum(i.num_response_tokens for i in batch.infos) / len(batch.infos),
         **{f"replay/{name}": float(value) for name, value in store.counts().items()},

@@ -11,7 +11,7 @@ from typing import Any
 from opd_ray.config.schema import TelemetryConfig
 from opd_ray.replay.batch import SampledBatch
 from opd_ray.run.folder import RunFolder
-from opd_ray.run.trajectory_dump import DUMP_FOLDER, drop_after
+from opd_ray.run.trajectory_records import RECORDS_FOLDER, drop_after
 from opd_ray.storage.json_lines import JsonLines
 from opd_ray.telemetry.metrics import MetricsWriter
 from opd_ray.telemetry.progress import Progress
@@ -23,12 +23,12 @@ TRAINED_FILE = "trained.jsonl"
 
 
 class RunOutputs:
-    """The sinks of one run; `trained.jsonl` has slot, visit and staleness of every trajectory of every step."""
+    """The sinks of one run; `trained.jsonl` has id, use and staleness of every trajectory of every step."""
 
     def __init__(
         self, cfg: TelemetryConfig, folder: RunFolder, config_values: Mapping[str, Any], progress: Progress
     ) -> None:
-        self._dump_folder = folder.path / DUMP_FOLDER
+        self._dump_folder = folder.path / RECORDS_FOLDER
         self._metrics = MetricsWriter(folder.path)
         self._trained = JsonLines(folder.path / TRAINED_FILE)
         wandb = WandbSink(cfg.wandb, cfg.wandb_project, folder.path.name, config_values, folder.path)
@@ -48,8 +48,8 @@ class RunOutputs:
         self._trained.append(
             {
                 "step": step,
-                "slots": list(batch.slots),
-                "visits": [info.visits for info in batch.infos],
+                "trajectory_ids": list(batch.trajectory_ids),
+                "uses": [info.num_uses for info in batch.infos],
                 "staleness": [info.staleness for info in batch.infos],
             }
         )
@@ -59,7 +59,7 @@ class RunOutputs:
         """Where the files stand, for a checkpoint."""
         return {"metrics_bytes": self._metrics.lines.num_bytes, "trained_bytes": self._trained.num_bytes}
 
-    def go_back_to(self, notes: Mapping[str, Any], step: int) -> int:
+    def roll_back_to(self, notes: Mapping[str, Any], step: int) -> int:
         """Drop what was written after `notes` were taken, at policy version `step`; returns the number of steps."""
         self._metrics.lines.cut(int(notes["metrics_bytes"]))
         num_dropped = self._trained.cut(int(notes["trained_bytes"]))

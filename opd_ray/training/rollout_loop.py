@@ -16,7 +16,7 @@ from opd_ray.errors import ActorDiedError, PayloadLostError
 from opd_ray.replay.store import ReplayStore
 from opd_ray.training.task_pool import TaskPool
 from opd_ray.training.workload import GroupLoad
-from opd_ray.types import BatchReceipt, Prompt, RolloutRequest
+from opd_ray.types import BatchMeta, Prompt, RolloutRequest
 
 WORKER_DIED = "worker_died"
 END_OF_DATA = "end_of_data"
@@ -60,13 +60,13 @@ class RolloutLoop:
         whole, rest = divmod(self._cfg.rollout.prompts_per_step, num_engines)
         return whole + (self._turn % num_engines < rest)
 
-    def _hand_out(self, slots: Sequence[int]) -> None:
+    def _hand_out(self, trajectory_ids: Sequence[int]) -> None:
         """Give the next prompts to new trajectories, in order; plain, so that no checkpoint sees a part of it."""
         samples = self._cfg.rollout.samples_per_prompt
         self._turn += 1
         # The store may have room for a part of a group only, after failures.
-        prompts = self._next_prompts(-(-len(slots) // samples))
-        used, unused = slots[: len(prompts) * samples], slots[len(prompts) * samples :]
+        prompts = self._next_prompts(-(-len(trajectory_ids) // samples))
+        used, unused = trajectory_ids[: len(prompts) * samples], trajectory_ids[len(prompts) * samples :]
         if used:
             request = RolloutRequest(tuple(prompts), tuple(used), samples)
             self._store.assign(used, [request.prompt_of(place).id for place in range(len(used))])
@@ -97,18 +97,18 @@ class RolloutLoop:
         self._source.restore(state["source"])
         self._turn, self._has_ended = int(state["turn"]), bool(state["has_ended"])
         by_prompt: dict[str, list[int]] = {}
-        for slot, prompt_id in pending.items():
+        for trajectory_id, prompt_id in pending.items():
             if prompt_id is not None:
-                by_prompt.setdefault(prompt_id, []).append(slot)
-        for prompt_id, slots in by_prompt.items():
-            self._start(RolloutRequest((self._source.find(prompt_id),), tuple(slots), len(slots)))
-        if new := [slot for slot, prompt_id in pending.items() if prompt_id is None]:
+                by_prompt.setdefault(prompt_id, []).append(trajectory_id)
+        for prompt_id, trajectory_ids in by_prompt.items():
+            self._start(RolloutRequest((self._source.find(prompt_id),), tuple(trajectory_ids), len(trajectory_ids)))
+        if new := [trajectory_id for trajectory_id, prompt_id in pending.items() if prompt_id is None]:
             self._hand_out(new)
 
     def _start(self, request: RolloutRequest) -> None:
         # Chosen here and not in the task, which starts later: the next request must see this one.
         engine = self._engine_load.least_loaded()
-        self._engine_load.begin(engine, len(request.slots))
+        self._engine_load.begin(engine, len(request.trajectory_ids))
         self.requests.start(self._produce(request, engine))
 
     async def _produce(self, request: RolloutRequest, engine: int) -> None:
@@ -119,7 +119,7 @@ class RolloutLoop:
                 self._engines,
                 self._engine_load,
                 lambda worker: worker.generate.options(num_returns=2).remote(request),
-                cost=len(request.slots),
+                cost=len(request.trajectory_ids),
                 first=first,
             )
             if sampled is None:
@@ -127,26 +127,24 @@ class RolloutLoop:
             try:
                 scored = await self._score(request, *sampled)
             except PayloadLostError as error:
-                logger.warning("%d trajectories are sampled again: %s", len(request.slots), error)
+                logger.warning("%d trajectories are sampled again: %s", len(request.trajectory_ids), error)
                 first = None
                 continue
             if scored is None:
                 break
-            payload, receipt = scored
-            self._store.append(receipt, payload, generation=self._generation)
+            payload, meta = scored
+            self._store.append(meta, payload, generation=self._generation)
             return
-        logger.warning("%d slots failed: each of their workers died", len(request.slots))
-        self._store.fail(request.slots, WORKER_DIED, generation=self._generation)
+        logger.warning("%d trajectories failed: each of their workers died", len(request.trajectory_ids))
+        self._store.fail(request.trajectory_ids, WORKER_DIED, generation=self._generation)
 
-    async def _score(
-        self, request: RolloutRequest, payload: Any, receipt: BatchReceipt
-    ) -> tuple[Any, BatchReceipt] | None:
+    async def _score(self, request: RolloutRequest, payload: Any, meta: BatchMeta) -> tuple[Any, BatchMeta] | None:
         """Stages 4 and 5."""
         return await self._attempt(
             self._teachers,
             self._teacher_load,
-            lambda worker: worker.score.options(num_returns=2).remote(payload, receipt, request.prompts),
-            cost=receipt.num_response_tokens,
+            lambda worker: worker.score.options(num_returns=2).remote(payload, meta, request.prompts),
+            cost=meta.num_response_tokens,
         )
 
     async def _attempt(
@@ -157,8 +155,8 @@ class RolloutLoop:
         *,
         cost: int,
         first: int | None = None,
-    ) -> tuple[Any, BatchReceipt] | None:
-        """Payload reference and receipt of ``call(worker)``; on another worker where one dies. None: all attempts did.
+    ) -> tuple[Any, BatchMeta] | None:
+        """Payload reference and metadata of ``call(worker)``; on another worker where one dies. None: all attempts did.
 
         `first` is a worker whose load has this call already.
         """
@@ -171,24 +169,24 @@ class RolloutLoop:
                 worker, first = first, None
             handle = group.workers[worker]
             try:
-                payload, receipt_ref = call(handle)
-                receipt: BatchReceipt = await group.result(receipt_ref, worker)
+                payload, meta_ref = call(handle)
+                meta: BatchMeta = await group.result(meta_ref, worker)
             except ActorDiedError as error:
                 self._replace(group, load, worker, handle, error)
             else:
-                load.done(receipt.busy_s, receipt.num_response_tokens)
-                return payload, receipt
+                load.done(meta.busy_s, meta.num_response_tokens)
+                return payload, meta
             finally:
                 load.end(worker, cost)
         return None
 
     def _replace(self, group: WorkerGroup, load: GroupLoad, worker: int, dead: Any, error: ActorDiedError) -> None:
-        """Have a dead worker replaced while the others go on; a group that cannot be mended ends the run."""
+        """Have a dead worker replaced while the others continue; a group that cannot be mended ends the run."""
         if not load.suspend(worker):
             return
 
         async def revive() -> None:
-            await group.revive(worker, dead, error)
+            await group.restart_worker(worker, dead, error)
             load.resume(worker)
 
         self.replacements.start(revive())

@@ -33,7 +33,7 @@ from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints, latest_checkpoint
 from opd_ray.run.folder import CONFIG_FILE, RunFolder
 from opd_ray.run.resume import checkpoint_to_resume
-from opd_ray.run.trajectory_dump import DUMP_FOLDER
+from opd_ray.run.trajectory_records import RECORDS_FOLDER
 from opd_ray.teacher.worker import TeacherGroup
 from opd_ray.telemetry.progress import Progress
 from opd_ray.training.controller import Controller, Groups, Outputs
@@ -213,7 +213,7 @@ class Session:
         if self._outputs is None:
             return 0
         notes = self._start_notes if checkpoint is None else checkpoint.notes
-        return self._outputs.go_back_to(notes, 0 if checkpoint is None else checkpoint.policy_version)
+        return self._outputs.roll_back_to(notes, 0 if checkpoint is None else checkpoint.policy_version)
 
     async def _evaluate_teacher(self, engine: RolloutGroup, problems: list[Prompt]) -> None:
         self._phase("evaluating the teacher")
@@ -230,7 +230,7 @@ class Session:
         shutil.rmtree(spill_folder, ignore_errors=True)
         spill = SpillSpace(cfg.replay.spill_bytes, spill_folder) if cfg.replay.spill_bytes else None
         store = ReplayStore(StoreConfig.of(cfg), RayPayloads(cfg.deadline_s), spill=spill)
-        learner = LearnerGroup.create(cfg, plan.learner, student, str(self.folder.path / DUMP_FOLDER))
+        learner = LearnerGroup.create(cfg, plan.learner, student, str(self.folder.path / RECORDS_FOLDER))
         rollout = RolloutGroup.create(cfg, plan.rollout, [student] * cfg.rollout.num_engines)
         scoring = TeacherGroup.create(cfg, plan.teacher, report.vocab_size, report.tokenizer_fingerprint, teacher)
         self._groups += [learner, rollout, scoring]

@@ -24,7 +24,7 @@ class Evaluations:
 def summary(
     cfg: RunConfig, totals: RunTotals, evaluations: Evaluations, ledger: dict[str, int], wall_s: float
 ) -> dict[str, Any]:
-    """`summary.json`; `wall_s` and `training_s` are those of this process, also where it went on with a run."""
+    """`summary.json`; `wall_s` and `training_s` are those of this process, also where it continued with a run."""
     return {
         "experiment": cfg.experiment,
         "scale": cfg.scale,

@@ -26,7 +26,7 @@ FIX = "check what wrote it"
 
 
 def encode_rollouts(rows: Sequence[RolloutRow], spec: BatchSpec) -> pa.Buffer:
-    """A rollout batch (hop 3) as bytes; raises `SchemaError` when `spec` or a value is wrong."""
+    """A rollout batch (stage 3) as bytes; raises `SchemaError` when `spec` or a value is wrong."""
     if spec.top_k:
         raise SchemaError(f"top_k = {spec.top_k} of a rollout batch: give 0, and K to add_teacher_columns")
     draft = StreamDraft()
@@ -41,7 +41,7 @@ def add_teacher_columns(
     teacher_topk_logprobs: Sequence[Array],
     spec: BatchSpec,
 ) -> pa.Buffer:
-    """A scored batch (hop 5) as bytes: `batch` and one array a trajectory, [T], [T, K] and [T, K].
+    """A scored batch (stage 5) as bytes: `batch` and one array a trajectory, [T], [T, K] and [T, K].
 
     `teacher_topk_ids` is None where `batch` brings its support with it: its `student_topk_ids` are taken over as they
     are. Log-probs of another float type are rounded to the schema's. Raises `SchemaError` when a shape or a value is

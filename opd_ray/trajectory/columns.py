@@ -64,7 +64,7 @@ def check_values(batch: pa.RecordBatch) -> None:
         _check_nulls(name, column)
     if "response_token_ids" in present:
         lengths = np.diff(offsets(present["response_token_ids"]))
-        _refuse(lengths < 1, "response_token_ids", "an empty response: fail its slot instead")
+        _refuse(lengths < 1, "response_token_ids", "an empty response: fail its trajectory instead")
         for name in TOKEN_COLUMNS:
             if name in present:
                 wrong = np.diff(offsets(present[name])) != lengths

@@ -19,12 +19,12 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RolloutRow:
-    """Hop 3: one sampled trajectory of P prompt and T response tokens; units and meaning as in `schema`.
+    """Stage 3: one sampled trajectory of P prompt and T response tokens; units and meaning as in `schema`.
 
     `student_topk_ids` is there between sampling and scoring, where the support is the student's.
     """
 
-    slot: int
+    trajectory_id: int
     prompt_id: str
     prompt_token_ids: npt.NDArray[np.int32]  # [P]
     response_token_ids: npt.NDArray[np.int32]  # [T]
@@ -44,7 +44,7 @@ class RolloutRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredRow(RolloutRow):
-    """Hop 5: a trajectory with the teacher's view of its response."""
+    """Stage 5: a trajectory with the teacher's view of its response."""
 
     teacher_logprobs: npt.NDArray[np.floating[Any]]  # [T]
     teacher_topk_ids: npt.NDArray[np.int32]  # [T, K]
@@ -53,7 +53,7 @@ class ScoredRow(RolloutRow):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingRow:
-    """Hop 9: what a learner reads of a trajectory; None is a column that its objective has no use for."""
+    """Stage 9: what a learner reads of a trajectory; None is a column that its objective has no use for."""
 
     prompt_token_ids: npt.NDArray[np.int32]  # [P]
     response_token_ids: npt.NDArray[np.int32]  # [T]

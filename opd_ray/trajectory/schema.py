@@ -1,10 +1,10 @@
 """The one versioned Arrow schema of a trajectory batch, and the check of its structure.
 
 One row a trajectory; P prompt tokens, T response tokens, S version segments, K top-K.
-A *rollout* batch (hop 3) has
+A *rollout* batch (stage 3) has
 
 ==================== =================== ==================================================================
-slot                 int64               number given out by the store
+trajectory                 int64               number given out by the store
 prompt_id            utf8                `Prompt.id`
 prompt_token_ids     list<int32> [P]     the student's prompt
 response_token_ids   list<int32> [T]     sampled tokens, at least one
@@ -22,7 +22,7 @@ and, where the support is the student's (``support="student_topk"``), also
 student_topk_ids      list<fixed_size_list<int32, K>>  [T, K] the sampling student's K most probable ids
 ===================== ================================ ======================================================
 
-A *scored* batch (hop 5) has the columns of the first table and
+A *scored* batch (stage 5) has the columns of the first table and
 
 ===================== ================================ ======================================================
 teacher_logprobs      list<G> [T]                      the teacher's log-probs of the sampled tokens (nats)
@@ -56,7 +56,7 @@ SAMPLED_LOGPROBS = ("behavior_logprobs", "teacher_logprobs")
 
 # Types that no spec changes.
 FIXED_TYPES: dict[str, pa.DataType] = {
-    "slot": pa.int64(),
+    "trajectory_id": pa.int64(),
     "prompt_id": pa.utf8(),
     "prompt_token_ids": pa.list_(pa.int32()),
     "response_token_ids": pa.list_(pa.int32()),
@@ -67,7 +67,7 @@ FIXED_TYPES: dict[str, pa.DataType] = {
     "top_p": pa.float32(),
 }
 ROLLOUT_COLUMNS = (
-    "slot",
+    "trajectory_id",
     "prompt_id",
     "prompt_token_ids",
     "response_token_ids",

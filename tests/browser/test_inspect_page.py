@@ -12,9 +12,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from opd_ray.inspect import main
-from opd_ray.run.trajectory_dump import DUMP_FOLDER, DumpedVisit, write_dump
+from opd_ray.run.trajectory_records import RECORDS_FOLDER, RecordedUse, write_records
 from tests.browser.conftest import Browser
-from tests.unit.dumped import SETTINGS, made_visit
+from tests.unit.dumped import SETTINGS, made_use
 
 pytestmark = pytest.mark.slow
 
@@ -23,9 +23,9 @@ PIECES = ["6", " times", " 7", "\n", " is", " 42", "</script>", "<b>x</b>", "", 
 NASTY = "<img src=x onerror=window.hacked=1>"
 
 
-def visits() -> list[DumpedVisit]:
-    """A fresh visit and one that drifted, most in the second segment; the third token is masked."""
-    fresh, second = (made_visit(PIECES, step=step, visit=visit) for step, visit in ((1, 1), (2, 2)))
+def uses() -> list[RecordedUse]:
+    """A fresh use and one that drifted, most in the second segment; the third token is masked."""
+    fresh, second = (made_use(PIECES, step=step, use=use) for step, use in ((1, 1), (2, 2)))
     drift = np.where(second.segment_ids == 1, -0.5, 0.1).astype(np.float32)
     drift[9] = np.nan
     mask = np.arange(len(PIECES)) != 2
@@ -37,10 +37,10 @@ def visits() -> list[DumpedVisit]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
-    for visit in visits():
-        write_dump(run / DUMP_FOLDER, 0, [visit], SETTINGS)
+    for use in uses():
+        write_records(run / RECORDS_FOLDER, 0, [use], SETTINGS)
     main([str(run), "trajectory=3"])
-    return run / DUMP_FOLDER / "slot-3.html"
+    return run / RECORDS_FOLDER / "trajectory_id-3.html"
 
 
 @pytest.fixture
@@ -81,13 +81,13 @@ def test_the_response_stands_there_word_for_word_and_no_part_of_it_became_markup
 def test_pointing_at_a_token_shows_its_numbers_and_both_lists(opened: Browser) -> None:
     assert card(opened) == ""
     ActionChains(opened.driver).move_to_element(tokens(opened)[10]).perform()
-    shown, visit = card(opened), visits()[1]
-    assert "token 11 of 48" in shown and f"id {visit.response_token_ids[10]}" in shown
+    shown, use = card(opened), uses()[1]
+    assert "token 11 of 48" in shown and f"id {use.response_token_ids[10]}" in shown
     assert "−0.5" in shown, "the drift"
-    assert f"{visit.losses[10]:.3g}" in shown
+    assert f"{use.losses[10]:.3g}" in shown
     assert shown.count("%") == 2 + 4 * 2 + 4, "two masses, teacher and student at 4 ids, the student's own 4"
     assert NASTY in shown
-    assert all(visit.texts[token_id] in shown for token_id in visit.teacher_topk_ids[10])
+    assert all(use.texts[token_id] in shown for token_id in use.teacher_topk_ids[10])
     ActionChains(opened.driver).move_to_element(opened.driver.find_element("tag name", "h1")).perform()
     assert card(opened) == "", "gone with the pointer"
     assert opened.run("return window.hacked") is None
@@ -126,14 +126,14 @@ def test_each_colouring_has_its_scale_and_drift_has_two_hues(opened: Browser) ->
 def test_segments_are_marked_with_their_drift_and_gate(opened: Browser) -> None:
     marks = opened.driver.find_elements("css selector", "#text .seg")
     assert [mark.text for mark in marks] == [str(number) for number in range(6)]
-    visit = visits()[1]
+    use = uses()[1]
     title = str(marks[1].get_attribute("title"))
-    assert "segment 1" in title and "8 tokens" in title and f"{visit.segment_gate[1]:.4g}" in title
+    assert "segment 1" in title and "8 tokens" in title and f"{use.segment_gate[1]:.4g}" in title
 
 
 def test_the_first_visit_says_that_it_is_fresh(opened: Browser) -> None:
     assert "drift is zero by definition" not in opened.driver.find_element("id", "words").text
-    choose(opened, "visits", 0)
+    choose(opened, "uses", 0)
     assert "drift is zero by definition" in opened.driver.find_element("id", "words").text
     assert opened.errors() == []
 
@@ -148,8 +148,8 @@ def test_a_click_on_the_plot_goes_to_the_token(opened: Browser) -> None:
 
 def test_a_long_response_opens_too(browser: Browser, tmp_path: Path) -> None:
     pieces = [f" w{number}" for number in range(16_384)]
-    write_dump(tmp_path / DUMP_FOLDER, 0, [made_visit(pieces, top_k=32)], SETTINGS)
+    write_records(tmp_path / RECORDS_FOLDER, 0, [made_use(pieces, top_k=32)], SETTINGS)
     main([str(tmp_path)])
-    browser.open(tmp_path / DUMP_FOLDER / "slot-3.html")
+    browser.open(tmp_path / RECORDS_FOLDER / "trajectory_id-3.html")
     assert browser.run("return document.querySelectorAll('#text .t').length") == len(pieces)
     assert browser.errors() == []

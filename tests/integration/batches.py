@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from opd_ray.config.choices import GateKind, ObjectiveKind
+from opd_ray.config.choices import GateKind
 from opd_ray.config.schema import RunConfig
 from opd_ray.objective import block_segments, newline_segments, reference, sampled_token_loss
 from opd_ray.trajectory.codec import add_teacher_columns, decode, encode_rollouts
@@ -30,14 +30,14 @@ def scored_payload(
     """An encoded scored batch with random tokens and a random teacher; NaN for the rows `without_teacher`."""
     rng = np.random.default_rng(seed)
     rows: list[RolloutRow] = []
-    for slot, length in enumerate(lengths):
-        first = rows[slot - slot % samples_per_prompt] if slot % samples_per_prompt else None
+    for trajectory_id, length in enumerate(lengths):
+        first = rows[trajectory_id - trajectory_id % samples_per_prompt] if trajectory_id % samples_per_prompt else None
         rows.append(
             RolloutRow(
-                slot=slot,
-                prompt_id=first.prompt_id if first else f"p{slot}",
+                trajectory_id=trajectory_id,
+                prompt_id=first.prompt_id if first else f"p{trajectory_id}",
                 prompt_token_ids=(
-                    first.prompt_token_ids if first else rng.integers(3, VOCAB, 5 + slot % 3).astype(np.int32)
+                    first.prompt_token_ids if first else rng.integers(3, VOCAB, 5 + trajectory_id % 3).astype(np.int32)
                 ),
                 response_token_ids=rng.integers(0, VOCAB, length).astype(np.int32),
                 behavior_logprobs=rng.normal(-3, 1, length).astype(np.float32),
@@ -88,9 +88,9 @@ def _ruined(array: Any) -> Any:
 
 
 def stale_infos(payload: Any) -> tuple[SampleInfo, ...]:
-    """All trajectories one step old, at their second visit: drift is measured against the engine's log-probs."""
+    """All trajectories one step old, at their second use: drift is measured against the engine's log-probs."""
     return tuple(
-        SampleInfo(row.slot, 1, 2, 0.0, len(row.prompt_token_ids), len(row.response_token_ids))
+        SampleInfo(row.trajectory_id, 1, 2, 0.0, len(row.prompt_token_ids), len(row.response_token_ids))
         for row in scored_rows(decode(payload))
     )
 
@@ -109,7 +109,7 @@ def reference_step(model: Any, rows: list[ScoredRow], cfg: RunConfig, newlines: 
         int(lengths.max()), 0, block_size=cfg.gate.block_size, tau=cfg.gate.tau, grad_clip=learner.grad_clip
     )
     losses_of, weights_of = reference.lsm_losses, reference.block_weights
-    if cfg.objective.kind is not ObjectiveKind.lsm:
+    if cfg.objective.kind != "lsm":
         losses_of = partial(_losses, cfg, padded(rows, "teacher_logprobs"))
     if cfg.gate.kind is not GateKind.block:
         weights_of = partial(_weights, cfg, segments_of(cfg, rows, lengths, newlines))
@@ -138,21 +138,21 @@ def _losses(cfg: RunConfig, teacher: Tensor, logits: Tensor, batch: reference.Ba
     """[B, T]; `teacher` [B, T] are the sampled tokens' log-probs."""
     objective, kind = cfg.objective, cfg.objective.kind
     log_pi = logits.log_softmax(-1)
-    if kind is ObjectiveKind.opd:
+    if kind == "opd":
         current = log_pi.gather(2, batch.rollout.responses[:, :, None])[:, :, 0]
         behavior = batch.rollout.behavior_logprobs
         return sampled_token_loss(current, behavior, teacher, advantage=objective.advantage.value)
     log_p, log_q = log_pi.gather(2, batch.support), batch.teacher_logprobs
     p, q = log_p.exp(), log_q.exp()
-    if kind is ObjectiveKind.tail_kl:
+    if kind == "tail_kl":
         log_p, log_q = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], -1) for x in (log_p, log_q))
         p, q = log_p.exp(), log_q.exp()
         forward = objective.direction.name == "forward"
         return (q * (log_q - log_p)).sum(-1) if forward else (p * (log_p - log_q)).sum(-1)
-    if kind is ObjectiveKind.forward_kl and not objective.renormalize:
+    if kind == "forward_kl" and not objective.renormalize:
         return (q * (log_q - log_p)).sum(-1)
     p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
-    if kind is ObjectiveKind.forward_kl:
+    if kind == "forward_kl":
         return (q * (q / p).log()).sum(-1)
     mixture = objective.beta * q + (1 - objective.beta) * p
     by_teacher, by_student = (q * (q / mixture).log()).sum(-1), (p * (p / mixture).log()).sum(-1)
@@ -180,7 +180,7 @@ def _weights(
             if gate.kind is GateKind.geometric_mask:
                 is_kept = (mean.exp() >= gate.low) & (mean.exp() <= gate.high)
             weights = torch.where(inside, is_kept.to(weights), weights)
-    if gate.kind in (GateKind.tis, GateKind.icepop) and cfg.objective.kind is ObjectiveKind.opd:
+    if gate.kind in (GateKind.tis, GateKind.icepop) and cfg.objective.kind == "opd":
         weights = weights / ratio  # the loss carries the ratio itself
     by_sum = gate.kind is not GateKind.off and gate.normalize.name != "none"
     return weights * mask.sum() / (weights * mask).sum() if by_sum else weights

@@ -73,7 +73,7 @@ class RunRecord:
     """What a run told: metrics by step, and the books at its end."""
 
     metrics: list[Mapping[str, Any]] = field(default_factory=list)
-    slots: list[tuple[int, ...]] = field(default_factory=list)
+    trajectory_ids: list[tuple[int, ...]] = field(default_factory=list)
     seen: list[SampledBatch] = field(default_factory=list)
     ledger: dict[str, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -81,15 +81,15 @@ class RunRecord:
     def step_done(self, step: int, batch: SampledBatch, metrics: Mapping[str, Any]) -> None:
         """Take in a step."""
         self.metrics.append({"step": step, **metrics})
-        self.slots.append(batch.slots)
+        self.trajectory_ids.append(batch.trajectory_ids)
         self.seen.append(batch)
 
-    def go_back_to(self, checkpoint: Checkpoint | None) -> int:
+    def roll_back_to(self, checkpoint: Checkpoint | None) -> int:
         """Forget the steps after a checkpoint; returns how many."""
         version = checkpoint.policy_version if checkpoint else 0
-        num_dropped = len(self.slots) - version
+        num_dropped = len(self.trajectory_ids) - version
         self.metrics = [step for step in self.metrics if step["step"] <= version]
-        del self.slots[len(self.metrics) :]
+        del self.trajectory_ids[len(self.metrics) :]
         return num_dropped
 
     def of(self, key: str) -> list[float]:
@@ -140,7 +140,7 @@ async def _train(
     source = PromptSource(training_prompts(cfg.data, cfg.seed), cfg.seed, cfg.data.epochs or None)
     every = cfg.checkpoint.every if folder else 0
     checkpoints = Checkpoints(folder or Path("none"), every, cfg.checkpoint.keep, {}, dict)
-    outputs = Outputs(record.step_done, record.go_back_to, checkpoints)
+    outputs = Outputs(record.step_done, record.roll_back_to, checkpoints)
     controller = Controller(cfg, groups, source, [], outputs)
     try:
         await learner.ready()

@@ -20,7 +20,7 @@ from opd_ray.rollout.group import RolloutGroup
 from opd_ray.rollout.worker import RolloutWorker
 from opd_ray.trajectory.codec import decode
 from opd_ray.trajectory.rows import RolloutRow, rollout_rows
-from opd_ray.types import LoadReceipt, Prompt, RolloutRequest, WeightsReceipt
+from opd_ray.types import LoadResult, Prompt, RolloutRequest, WeightsMeta
 from tests.integration.conftest import save_random_model
 from tests.integration.learners import NO_SHARE
 from tests.integration.runs import small_config
@@ -40,7 +40,7 @@ SLOW_CHECKSUM_S = 0.2
 class Published:
     """A set of weights as the learner would publish it."""
 
-    receipt: WeightsReceipt
+    meta: WeightsMeta
     buckets: list[Any]
 
 
@@ -50,7 +50,7 @@ class Outcome:
 
     running: list[RolloutRow]
     later: list[RolloutRow]
-    load: LoadReceipt
+    load: LoadResult
     load_wall_s: float
 
 
@@ -72,7 +72,7 @@ class ObservedWorker(RolloutWorker):
                 raise RuntimeError("all requests ended before the weights came")
             await asyncio.sleep(0)
 
-    async def takeover(self, published: WeightsReceipt, *buckets: WeightBucket) -> Any:
+    async def takeover(self, published: WeightsMeta, *buckets: WeightBucket) -> Any:
         """`RUNNING` is decoding when the weights come, `LATER` is sent while the engine waits to load them."""
         running = asyncio.create_task(self.generate(RUNNING))
         await self._in_the_middle(running)
@@ -85,7 +85,7 @@ class ObservedWorker(RolloutWorker):
         load_wall_s = time.perf_counter() - begun
         return (await running)[0], (await later)[0], load, load_wall_s
 
-    async def evaluate_and_load(self, mode: OnNewWeights, published: WeightsReceipt, *buckets: WeightBucket) -> Any:
+    async def evaluate_and_load(self, mode: OnNewWeights, published: WeightsMeta, *buckets: WeightBucket) -> Any:
         """Evaluation and rollout requests run when the weights come, and another evaluation is sent meanwhile."""
         self._engine.on_new_weights = mode
         evaluation = asyncio.create_task(self.complete(PROMPTS, 0, 8))
@@ -98,7 +98,7 @@ class ObservedWorker(RolloutWorker):
         load = await loading
         return await evaluation, (await running)[0], await later, load
 
-    async def load_twice(self, first: WeightsReceipt, second: WeightsReceipt, *buckets: WeightBucket) -> Any:
+    async def load_twice(self, first: WeightsMeta, second: WeightsMeta, *buckets: WeightBucket) -> Any:
         """Two loads at once while requests run; the first one's checksum takes long. Tokens before and after it."""
         from opd_ray.models import weights
 
@@ -122,7 +122,7 @@ class ObservedWorker(RolloutWorker):
             weights.combined_checksum = fast
         return loads, self._engine.policy_version, tokens
 
-    async def break_in(self, published: WeightsReceipt, *buckets: WeightBucket, decoding: bool) -> list[Any]:
+    async def break_in(self, published: WeightsMeta, *buckets: WeightBucket, decoding: bool) -> list[Any]:
         """Decoding or loading raises while all kinds of callers wait; the outcome of each, then of one after it.
 
         The engine is mended afterwards.
@@ -176,9 +176,9 @@ class Bench:
     def call(self, ref: Any) -> Any:
         return asyncio.run(self.group.result(ref, 0))
 
-    def load(self, published: Published) -> LoadReceipt:
-        receipt: LoadReceipt = self.call(self.engine.load_weights.remote(published.receipt, *published.buckets))
-        return receipt
+    def load(self, published: Published) -> LoadResult:
+        meta: LoadResult = self.call(self.engine.load_weights.remote(published.meta, *published.buckets))
+        return meta
 
     def rows(self, worker: Any, request: RolloutRequest) -> list[RolloutRow]:
         """What `worker` samples when nothing disturbs it."""
@@ -186,7 +186,7 @@ class Bench:
 
     def takeover(self, mode: OnNewWeights) -> Outcome:
         self.call(self.engine.set_mode.remote(mode))
-        running, later, load, wall_s = self.call(self.engine.takeover.remote(self.new.receipt, *self.new.buckets))
+        running, later, load, wall_s = self.call(self.engine.takeover.remote(self.new.meta, *self.new.buckets))
         return Outcome(rows_of(running), rows_of(later), load, wall_s)
 
 
@@ -202,8 +202,8 @@ def publish(folder: Path, version: int) -> Published:
     buckets = list(pack_buckets(tensors, model.dtype, bucket_bytes=100_000))
     assert len(buckets) > 1
     num_bytes = sum(bucket.data.nbytes for bucket in buckets)
-    receipt = WeightsReceipt(version, combined_checksum(buckets), num_bytes)
-    return Published(receipt, [ray.put(bucket) for bucket in buckets])
+    meta = WeightsMeta(version, combined_checksum(buckets), num_bytes)
+    return Published(meta, [ray.put(bucket) for bucket in buckets])
 
 
 def rows_of(payload: Any) -> list[RolloutRow]:
@@ -217,7 +217,7 @@ def versions(row: RolloutRow) -> list[int]:
 def assert_same(rows: list[RolloutRow], expected: list[RolloutRow]) -> None:
     """The same token ids to the last bit; log-probs up to the rounding that the size of a batch decides on."""
     for row, other in zip(rows, expected, strict=True):
-        assert row.slot == other.slot
+        assert row.trajectory_id == other.trajectory_id
         np.testing.assert_array_equal(row.response_token_ids, other.response_token_ids)
         np.testing.assert_allclose(row.behavior_logprobs, other.behavior_logprobs, atol=1e-4)
         assert row.finish_reason == other.finish_reason
@@ -244,13 +244,13 @@ def old_rows(bench: Bench) -> list[RolloutRow]:
 
 
 def assert_loaded(outcome: Outcome, bench: Bench) -> None:
-    """No request is lost, and the receipt says what was loaded."""
-    assert [row.slot for row in outcome.running] == list(RUNNING.slots)
-    assert [row.slot for row in outcome.later] == list(LATER.slots)
+    """No request is lost, and the metadata says what was loaded."""
+    assert [row.trajectory_id for row in outcome.running] == list(RUNNING.trajectory_ids)
+    assert [row.trajectory_id for row in outcome.later] == list(LATER.trajectory_ids)
     for row in outcome.running + outcome.later:
         assert len(row.response_token_ids) == len(row.behavior_logprobs) == len(row.token_versions) > 0
         assert row.finish_reason in ("stop", "length")
-    expected = bench.new.receipt
+    expected = bench.new.meta
     load = outcome.load
     assert (load.worker, load.policy_version, load.checksum) == ("rollout-0", NEW, expected.checksum)
     assert load.num_bytes == expected.num_bytes
@@ -305,12 +305,12 @@ def test_evaluation_is_neither_mixed_nor_aborted(bench: Bench, mode: OnNewWeight
     undisturbed = bench.call(bench.engine.complete.remote(PROMPTS, 0, 8))
     with_new = bench.call(bench.fresh.complete.remote(PROMPTS, 0, 4))
     evaluation, running, later, load = bench.call(
-        bench.engine.evaluate_and_load.remote(mode, bench.new.receipt, *bench.new.buckets)
+        bench.engine.evaluate_and_load.remote(mode, bench.new.meta, *bench.new.buckets)
     )
     assert evaluation == undisturbed
     assert later == with_new
     rows = rows_of(running)
-    assert [row.slot for row in rows] == list(RUNNING.slots)
+    assert [row.trajectory_id for row in rows] == list(RUNNING.trajectory_ids)
     # Some rollouts ended before the evaluation did, and the others had the usual fate.
     assert {tuple(versions(row)) for row in rows} == {(OLD,), (OLD, NEW) if mode is OnNewWeights.partial else (NEW,)}
     assert (load.num_aborted_tokens > 0) == (mode is OnNewWeights.abort)
@@ -321,7 +321,7 @@ def test_damaged_weights_are_refused_and_the_engine_serves_on(
     bench: Bench, old_rows: list[RolloutRow], mode: OnNewWeights
 ) -> None:
     bench.call(bench.engine.set_mode.remote(mode))
-    damaged = Published(replace(bench.new.receipt, checksum="not its checksum"), bench.new.buckets)
+    damaged = Published(replace(bench.new.meta, checksum="not its checksum"), bench.new.buckets)
     payload, _ = bench.engine.generate.options(num_returns=2).remote(RUNNING)
     with pytest.raises(WeightSyncError, match=r"rollout-0 received weights with checksum \w+"):
         bench.load(damaged)
@@ -334,8 +334,8 @@ def test_damaged_weights_are_refused_and_the_engine_serves_on(
 
 def test_overlapping_loads_keep_their_order_and_decoding_goes_on_during_the_checksum(bench: Bench) -> None:
     bench.call(bench.engine.set_mode.remote(OnNewWeights.partial))
-    second = replace(bench.new.receipt, policy_version=NEW + 1)
-    loads, version, tokens = bench.call(bench.engine.load_twice.remote(bench.new.receipt, second, *bench.new.buckets))
+    second = replace(bench.new.meta, policy_version=NEW + 1)
+    loads, version, tokens = bench.call(bench.engine.load_twice.remote(bench.new.meta, second, *bench.new.buckets))
     assert [load.policy_version for load in loads] == [NEW, NEW + 1]
     assert version == NEW + 1
     before, after = tokens
@@ -345,7 +345,7 @@ def test_overlapping_loads_keep_their_order_and_decoding_goes_on_during_the_chec
 def test_an_error_in_decoding_reaches_all_who_wait(bench: Bench) -> None:
     bench.call(bench.engine.set_mode.remote(OnNewWeights.finish))
     running, loading, later, after = bench.call(
-        bench.engine.break_in.remote(bench.new.receipt, *bench.new.buckets, decoding=True)
+        bench.engine.break_in.remote(bench.new.meta, *bench.new.buckets, decoding=True)
     )
     for outcome in (running, loading, later, after):
         assert isinstance(outcome, RuntimeError)
@@ -355,7 +355,7 @@ def test_an_error_in_decoding_reaches_all_who_wait(bench: Bench) -> None:
 @pytest.mark.parametrize("mode", [OnNewWeights.partial, OnNewWeights.abort])
 def test_an_engine_with_half_of_the_weights_serves_no_more(bench: Bench, mode: OnNewWeights) -> None:
     bench.call(bench.engine.set_mode.remote(mode))
-    outcomes = bench.call(bench.engine.break_in.remote(bench.new.receipt, *bench.new.buckets, decoding=False))
+    outcomes = bench.call(bench.engine.break_in.remote(bench.new.meta, *bench.new.buckets, decoding=False))
     for outcome in outcomes:
         assert isinstance(outcome, WeightSyncError)
         assert f"only a part of version {NEW} (RuntimeError: out of memory)" in str(outcome)

@@ -58,11 +58,13 @@ def assert_complete(record: RunRecord) -> None:
     books = record.ledger
     ended = books["trained"] + books["evicted"] + books["failed"]
     assert books["started"] == ended + books["in_store"] + books["in_flight"]
-    first_visits = [
-        slots for slots, visit in zip(record.slots, record.of("replay/visits/max"), strict=True) if visit == 1
+    first_uses = [
+        trajectory_ids
+        for trajectory_ids, use in zip(record.trajectory_ids, record.of("replay/uses/max"), strict=True)
+        if use == 1
     ]
-    slots = [slot for batch in first_visits for slot in batch]
-    assert len(set(slots)) == len(slots)
+    trajectory_ids = [trajectory_id for batch in first_uses for trajectory_id in batch]
+    assert len(set(trajectory_ids)) == len(trajectory_ids)
 
 
 @pytest.mark.parametrize("kind", ["rollout", "teacher"])
@@ -87,8 +89,8 @@ def test_a_new_engine_has_the_published_weights_before_it_serves(engines: Engine
         assert len(answers[0]) == 2
         assert groups.rollout.workers[0] is not worker
         request = RolloutRequest((problems[0],), (10**6,), 1)
-        _, receipt = groups.rollout.workers[0].generate.options(num_returns=2).remote(request)
-        versions.append((await receipt).trajectories[0].oldest_version)
+        _, meta = groups.rollout.workers[0].generate.options(num_returns=2).remote(request)
+        versions.append((await meta).trajectories[0].oldest_version)
 
     train(small_config("lsm", "num_steps=2"), engines, after=probe)
     assert versions == [2]
@@ -103,7 +105,7 @@ def test_a_lost_learner_rank_takes_the_run_back_bit_for_bit(engines: Engines, tm
     assert record.of("faults/restarts/learner")[-1] == 1
     assert record.of("learner/loss/mean") == unbroken.of("learner/loss/mean")
     assert record.of("learner/grad_norm") == unbroken.of("learner/grad_norm")
-    assert record.slots == unbroken.slots
+    assert record.trajectory_ids == unbroken.trajectory_ids
 
 
 def test_a_hanging_engine_is_a_typed_error(engines: Engines) -> None:
@@ -129,9 +131,9 @@ def test_payload_outlives_the_worker_that_made_it(engines: Engines) -> None:
         prompt = Prompt(id="p", problem="7+3-4=")
         worker = groups.teacher.workers[0]
         request = RolloutRequest((prompt,), (10**6,), 1)
-        payload, receipt = groups.rollout.workers[0].generate.options(num_returns=2).remote(request)
-        scored, scored_receipt = worker.score.options(num_returns=2).remote(payload, await receipt, (prompt,))
-        size = (await scored_receipt).num_bytes
+        payload, meta = groups.rollout.workers[0].generate.options(num_returns=2).remote(request)
+        scored, scored_meta = worker.score.options(num_returns=2).remote(payload, await meta, (prompt,))
+        size = (await scored_meta).num_bytes
         os.kill(await process_of(worker), signal.SIGKILL)
         await asyncio.sleep(1)
         payloads.append(await scored)

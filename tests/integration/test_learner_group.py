@@ -78,18 +78,20 @@ def lost_payload() -> Any:
 
 
 async def lose_a_payload(group: LearnerGroup) -> None:
-    """Neither rank is left waiting for the other, nothing has changed, and the step goes on with the rest."""
+    """Neither rank is left waiting for the other, nothing has changed, and the step continues with the rest."""
     before, _ = await group.export(0)
     kept, lost = some_batch(), lost_payload()
-    infos = tuple(replace(info, slot=info.slot + 100 * number) for number in (0, 1) for info in kept.infos)
+    infos = tuple(
+        replace(info, trajectory_id=info.trajectory_id + 100 * number) for number in (0, 1) for info in kept.infos
+    )
     rows = tuple((number, row) for number in (0, 1) for _, row in kept.rows)
     batch = SampledBatch((*kept.refs, lost), rows, infos)
     async with asyncio.timeout(30):
         answer = await group.train_step(batch, 0)
     assert isinstance(answer, LostTrajectories)
-    assert answer.slots == tuple(info.slot + 100 for info in kept.infos)
+    assert answer.trajectory_ids == tuple(info.trajectory_id + 100 for info in kept.infos)
     assert (await group.export(0))[0] == before
-    reports = await group.train_step(batch.without(answer.slots), 0)
+    reports = await group.train_step(batch.without(answer.trajectory_ids), 0)
     assert isinstance(reports, list)
     assert sum(report.num_tokens for report in reports) == sum(LENGTHS)
 
@@ -97,24 +99,25 @@ async def lose_a_payload(group: LearnerGroup) -> None:
 async def lose_and_restart(group: LearnerGroup, folder: Path) -> None:
     await group.ready()
     await lose_a_payload(group)
-    receipt, buckets = await group.export(1)
-    await group.save_state(folder)
+    meta, buckets = await group.export(1)
+    await group.save_checkpoint(folder)
     with pytest.raises(ActorDiedError, match="actor learner-1 died") as caught:
         await killed_in_a_step(group, 1)
     os.kill(process_of(group.workers[0]), signal.SIGKILL)
     with pytest.raises(ActorDiedError):
         await group.result(group.workers[0].ping.remote(), 0)
     found = ray.get(buckets)
-    assert combined_checksum(found) == receipt.checksum
-    assert sum(bucket.data.nbytes for bucket in found) == receipt.num_bytes > 100_000
+    assert combined_checksum(found) == meta.checksum
+    assert sum(bucket.data.nbytes for bucket in found) == meta.num_bytes > 100_000
     await group.restart(caught.value)
     await group.ready()
-    await group.load_state(folder)
+    await group.load_checkpoint(folder)
     again, _ = await group.export(1)
-    assert again == receipt
+    assert again == meta
     await group.train_step(some_batch(), 1)
 
 
+@pytest.mark.slow
 def test_a_lost_payload_costs_its_rows_and_a_lost_rank_is_named_its_weights_stay_and_the_group_goes_on_from_its_state(
     learners: Learners, student_folder: Path, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""A learner that goes on from a saved state trains as if it had never stopped, and refuses what is not its own."""
+"""A learner that continues from a saved state trains as if it had never stopped, and refuses what is not its own."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def config_of(
 
 
 def five_steps() -> list[VariantStep]:
-    """Two visits of a batch, the first of another one, which comes fresh, its second, and a third batch.
+    """Two uses of a batch, the first of another one, which comes fresh, its second, and a third batch.
 
     Saved after the third step, the state holds the learner's own log-probs that the fourth is gated with.
     """
     steps = []
-    for version, (seed, visits, staleness) in enumerate([(3, 1, 0), (3, 2, 1), (4, 1, 0), (4, 2, 1), (5, 1, 1)]):
+    for version, (seed, uses, staleness) in enumerate([(3, 1, 0), (3, 2, 1), (4, 1, 0), (4, 2, 1), (5, 1, 1)]):
         payload = scored_payload(LENGTHS, seed=seed)
         infos = tuple(
-            SampleInfo(row.slot, staleness, visits, 0.0, len(row.prompt_token_ids), len(row.response_token_ids))
+            SampleInfo(row.trajectory_id, staleness, uses, 0.0, len(row.prompt_token_ids), len(row.response_token_ids))
             for row in scored_rows(decode(payload))
         )
         steps.append(VariantStep(payload, tuple(range(len(LENGTHS))), infos, version))

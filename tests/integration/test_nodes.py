@@ -117,8 +117,8 @@ def assert_complete(folder: Path, reuse: int = 2) -> dict[str, float]:
     metrics = lines(folder, "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(1, 11))
     trained = lines(folder, "trained.jsonl")
-    visits = Counter(pair for line in trained for pair in zip(line["slots"], line["visits"], strict=True))
-    assert set(visits.values()) == {1} and max(visit for _, visit in visits) <= reuse
+    uses = Counter(pair for line in trained for pair in zip(line["trajectory_ids"], line["uses"], strict=True))
+    assert set(uses.values()) == {1} and max(use for _, use in uses) <= reuse
     books = json.loads(next(folder.glob("*/ledger.json")).read_text())
     ended = books["trained"] + books["evicted"] + books["failed"]
     assert books["started"] == ended + books["in_store"] + books["in_flight"]

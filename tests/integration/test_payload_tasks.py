@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from opd_ray.cluster.payload_tasks import RayPayloads
-from opd_ray.errors import PayloadLostError, SnapshotError
+from opd_ray.errors import CheckpointError, PayloadLostError
 from opd_ray.learner.group import _fetched
 from opd_ray.replay.payload_io import PayloadFile, checksum_of
 from opd_ray.trajectory import codec
@@ -53,12 +53,12 @@ def test_a_lost_payload_is_told_from_the_others(ray_cluster: None, tmp_path: Pat
 def test_what_cannot_be_written_or_read_ends_in_one_line(ray_cluster: None, tmp_path: Path) -> None:
     io = RayPayloads(60)
     ref = ray.put(pa.py_buffer(made(0)))
-    with pytest.raises(SnapshotError, match="cannot be written .*make room"):
+    with pytest.raises(CheckpointError, match="cannot be written .*make room"):
         asyncio.run(io.write([ref], [tmp_path / "missing" / "0.arrows"]))
     (checksum,) = asyncio.run(io.write([ref], [tmp_path / "0.arrows"]))
     file = PayloadFile(tmp_path / "0.arrows", checksum or "")
     file.path.write_bytes(made(1))
-    with pytest.raises(SnapshotError, match="is damaged"):
+    with pytest.raises(CheckpointError, match="is damaged"):
         asyncio.run(io.read([file]))
     (later,) = io.read_later([file])
     with pytest.raises(PayloadLostError, match="is damaged"):

@@ -15,7 +15,7 @@ from opd_ray.models.weights import WeightBucket
 from opd_ray.training.controller import Controller, Groups
 from opd_ray.trajectory.codec import decode
 from opd_ray.trajectory.rows import rollout_rows, scored_rows
-from opd_ray.types import Prompt, RolloutRequest, WeightsReceipt
+from opd_ray.types import Prompt, RolloutRequest, WeightsMeta
 from tests.integration.runs import Engines, RunRecord, small_config, train
 
 pytestmark = pytest.mark.integration
@@ -35,7 +35,7 @@ def test_one_batch_of_each_variant(engines: Engines, experiment: str) -> None:
     record = train(small_config(experiment), engines)
     assert len(record.metrics) == 2
     assert record.of("replay/staleness/max") == [0, 1]
-    assert record.of("replay/visits/max") == [1, 2]
+    assert record.of("replay/uses/max") == [1, 2]
     assert all(norm > 0 for norm in record.of("learner/grad_norm"))
     assert record.ledger["started"] == record.ledger["trained"] == 8
     assert_balanced(record)
@@ -44,7 +44,7 @@ def test_one_batch_of_each_variant(engines: Engines, experiment: str) -> None:
         assert not any("gate/value/mean" in step for step in record.metrics)
         return
     fresh, stale = record.metrics
-    # The first visit at staleness 0 has drift zero by definition, the second one has it measured.
+    # The first use at staleness 0 has drift zero by definition, the second one has it measured.
     assert fresh["gate/value/min"] == fresh["gate/value/max"] == 1.0
     assert fresh["gate/drift_abs/max"] == 0.0
     assert stale["gate/drift_abs/staleness_1"] > 0
@@ -83,12 +83,12 @@ def test_weights_really_change_in_the_engine(engines: Engines) -> None:
 
     async def probe(groups: Groups, controller: Controller) -> None:
         request = RolloutRequest((prompt,), (10**6,), 1)
-        payload, receipt = groups.rollout.workers[0].generate.options(num_returns=2).remote(request)
-        receipt = await receipt
-        scored, _ = groups.teacher.workers[0].score.options(num_returns=2).remote(payload, receipt, (prompt,))
+        payload, meta = groups.rollout.workers[0].generate.options(num_returns=2).remote(request)
+        meta = await meta
+        scored, _ = groups.teacher.workers[0].score.options(num_returns=2).remote(payload, meta, (prompt,))
         row = scored_rows(decode(await scored))[0]
         found.append(np.concatenate([row.behavior_logprobs[:1], row.teacher_logprobs[:1]]))
-        versions.append(receipt.trajectories[0].oldest_version)
+        versions.append(meta.trajectories[0].oldest_version)
         assert (row.token_versions == versions[-1]).all()
 
     train(small_config("lsm", "num_steps=4"), engines, before=probe, after=probe)
@@ -97,7 +97,7 @@ def test_weights_really_change_in_the_engine(engines: Engines) -> None:
 
 
 def test_engine_and_learner_agree_after_training(engines: Engines) -> None:
-    """At each first visit at staleness 0 both hold the same weights: what is left is rounding.
+    """At each first use at staleness 0 both hold the same weights: what is left is rounding.
 
     vLLM keeps a repacked copy of a tied head, which once stayed as it was when only the embedding was published.
     """
@@ -110,34 +110,34 @@ def test_engine_and_learner_agree_after_training(engines: Engines) -> None:
 def test_new_weights_are_taken_over_in_the_middle_of_requests(engines: Engines) -> None:
     """No request is lost, and each token says which version made it."""
     prompt = Prompt(id="p", problem="7+3-4=")
-    receipts: list[Any] = []
+    metas: list[Any] = []
 
     async def probe(groups: Groups, controller: Controller) -> None:
         worker = groups.rollout.workers[0]
         weights, buckets = await groups.learner.export(100)
         for attempt in range(10):
-            slots = tuple(10**6 + 100 * attempt + i for i in range(16))
-            payload, receipt = worker.generate.options(num_returns=2).remote(RolloutRequest((prompt,), slots, 16))
+            trajectory_ids = tuple(10**6 + 100 * attempt + i for i in range(16))
+            payload, meta = worker.generate.options(num_returns=2).remote(RolloutRequest((prompt,), trajectory_ids, 16))
             # How long a request takes depends on the machine: one of the waits falls into the decoding.
             await asyncio.sleep(0.02 * (attempt + 1))
             await worker.load_weights.remote(weights, *buckets)
-            receipts.append(await receipt)
-            assert len(receipts[-1].trajectories) == 16
+            metas.append(await meta)
+            assert len(metas[-1].trajectories) == 16
             for row in rollout_rows(decode(await payload)):
                 assert len(row.token_versions) == len(row.response_token_ids)
                 assert (np.diff(row.version_values) > 0).all()
-            if any(t.oldest_version < t.newest_version for t in receipts[-1].trajectories):
+            if any(t.oldest_version < t.newest_version for t in metas[-1].trajectories):
                 return
-            weights = WeightsReceipt(101 + attempt, weights.checksum, weights.num_bytes)
+            weights = WeightsMeta(101 + attempt, weights.checksum, weights.num_bytes)
         pytest.fail("no weights came in the middle of a request")
 
     train(small_config("lsm"), engines, after=probe)
-    assert receipts
+    assert metas
 
 
 def test_damaged_weights_are_refused(engines: Engines) -> None:
     bucket = WeightBucket((), np.zeros(0, dtype=np.uint8))
-    published = WeightsReceipt(7, "not its checksum", 0)
+    published = WeightsMeta(7, "not its checksum", 0)
 
     async def load() -> None:
         await engines.rollout.result(engines.rollout.workers[0].load_weights.remote(published, ray.put(bucket)), 0)
@@ -149,12 +149,12 @@ def test_damaged_weights_are_refused(engines: Engines) -> None:
 @pytest.mark.parametrize("max_staleness", [0, 2])
 def test_the_bound_holds_and_the_books_balance(engines: Engines, max_staleness: int) -> None:
     record = train(small_config("lsm_block64", "num_steps=8", f"replay.max_staleness={max_staleness}"), engines)
-    first_visits = [
-        s for s, v in zip(record.of("replay/staleness/max"), record.of("replay/visits/max"), strict=True) if v == 1
+    first_uses = [
+        s for s, v in zip(record.of("replay/staleness/max"), record.of("replay/uses/max"), strict=True) if v == 1
     ]
-    assert max(first_visits) <= max_staleness
+    assert max(first_uses) <= max_staleness
     assert max(record.of("replay/staleness/max")) <= max_staleness + 1
-    assert (max(first_visits) > 0) == (max_staleness > 0)
+    assert (max(first_uses) > 0) == (max_staleness > 0)
     assert record.ledger["trained"] == record.ledger["started"] == 4 * 8
     assert_balanced(record)
 
@@ -167,7 +167,7 @@ def test_lock_step_is_reproducible(engines: Engines) -> None:
 def test_the_prompts_end_before_the_steps(engines: Engines) -> None:
     cfg = small_config("lsm", "num_steps=100", "data.num_prompts=5", "data.epochs=1")
     record = train(cfg, engines)
-    # Five prompts of four samples fill two cohorts of eight and leave four trajectories over.
+    # Five prompts of four samples fill two batches of eight and leave four trajectories over.
     assert len(record.metrics) == 4
     assert record.ledger["trained"] == 16
     assert record.ledger["evicted/drained"] == 4
@@ -180,8 +180,8 @@ def test_payload_stays_out_of_the_driver(engines: Engines) -> None:
     prompt = Prompt(id="p", problem="7+3-4=")
     request = RolloutRequest((prompt,), (10**6 + 1,), 1)
     worker = engines.rollout.workers[0]
-    payload, receipt = worker.generate.options(num_returns=2).remote(request)
-    size = ray.get(receipt).num_bytes
+    payload, meta = worker.generate.options(num_returns=2).remote(request)
+    size = ray.get(meta).num_bytes
     assert size < 100_000
     deadline = time.monotonic() + 20
     while not ray.experimental.get_object_locations([payload])[payload]["node_ids"]:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.integration
 
 
 def test_resumed_losses_are_the_unbroken_runs(engines: Engines, tmp_path: Path) -> None:
-    """From checkpoints between two visits of a batch, and between two batches; a gate that remembers drift."""
+    """From checkpoints between two uses of a batch, and between two batches; a gate that remembers drift."""
     cfg = small_config(
         "lsm_block64_tau_quantile", "num_steps=6", "learner.num_ranks=2", "checkpoint.every=1", "checkpoint.keep=6"
     )
@@ -33,7 +33,7 @@ def test_resumed_losses_are_the_unbroken_runs(engines: Engines, tmp_path: Path) 
         resumed = train(cfg, engines, folder=folder, checkpoint=read_checkpoint(folder / checkpoint))
         for key in ("learner/loss/mean", "learner/grad_norm", "gate/value/mean", "gate/tau"):
             assert resumed.of(key) == unbroken.of(key)[version:], (version, key)
-        assert resumed.slots == unbroken.slots[version:]
+        assert resumed.trajectory_ids == unbroken.trajectory_ids[version:]
         assert resumed.ledger == unbroken.ledger
 
 
@@ -45,8 +45,8 @@ def test_an_overlapping_run_resumes_with_what_was_in_flight(engines: Engines, tm
     assert resumed.of("step") == [7, 8]
     assert resumed.ledger == first.ledger
     assert max(resumed.of("replay/staleness/max")) <= 3
-    visits = [slot for batch in (*first.slots[:6], *resumed.slots) for slot in batch]
-    assert {visits.count(slot) for slot in visits} == {2}
+    uses = [trajectory_id for batch in (*first.trajectory_ids[:6], *resumed.trajectory_ids) for trajectory_id in batch]
+    assert {uses.count(trajectory_id) for trajectory_id in uses} == {2}
 
 
 async def _synchronous(cfg: RunConfig, engines: Engines) -> list[float]:
@@ -61,11 +61,13 @@ async def _synchronous(cfg: RunConfig, engines: Engines) -> list[float]:
             await engines.rollout.publish(*await learner.export(step))
             prompts = tuple(next(source) for _ in range(cfg.rollout.prompts_per_step))
             first = step * cfg.trajectories_per_step
-            slots = tuple(range(first, first + cfg.trajectories_per_step))
-            payload, receipt = engine.generate.options(num_returns=2).remote(RolloutRequest(prompts, slots, samples))
-            scored, receipt = teacher.score.options(num_returns=2).remote(payload, await receipt, prompts)
-            found = (await receipt).trajectories
-            infos = [SampleInfo(t.slot, 0, 1, 0.0, t.num_prompt_tokens, t.num_response_tokens) for t in found]
+            trajectory_ids = tuple(range(first, first + cfg.trajectories_per_step))
+            payload, meta = engine.generate.options(num_returns=2).remote(
+                RolloutRequest(prompts, trajectory_ids, samples)
+            )
+            scored, meta = teacher.score.options(num_returns=2).remote(payload, await meta, prompts)
+            found = (await meta).trajectories
+            infos = [SampleInfo(t.trajectory_id, 0, 1, 0.0, t.num_prompt_tokens, t.num_response_tokens) for t in found]
             batch = SampledBatch((scored,), tuple((0, t.row) for t in found), tuple(infos))
             reports = await learner.train_step(batch, step)
             losses.append(float(step_metrics(reports, is_gated=True, min_support_mass=0.0)["learner/loss/mean"]))  # type: ignore[arg-type]

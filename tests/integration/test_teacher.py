@@ -71,8 +71,8 @@ def generate(rollout: RolloutGroup) -> list[Any]:
     return list(rollout.workers[0].generate.options(num_returns=2).remote(request))
 
 
-def score(teacher: TeacherGroup, payload: Any, receipt: Any) -> Any:
-    return teacher.workers[0].score.options(num_returns=2).remote(payload, receipt, PROMPTS)
+def score(teacher: TeacherGroup, payload: Any, meta: Any) -> Any:
+    return teacher.workers[0].score.options(num_returns=2).remote(payload, meta, PROMPTS)
 
 
 @pytest.fixture(scope="module", params=PARAMS)
@@ -94,8 +94,8 @@ def scored(
         await asyncio.gather(rollout.ready(), teacher.ready())
 
     asyncio.run(ready())
-    payload, receipt = generate(rollout)
-    out, _ = score(teacher, payload, receipt)
+    payload, meta = generate(rollout)
+    out, _ = score(teacher, payload, meta)
     yield Scored(cfg, rollout, teacher, payload, out, student_folder, teacher_folder)
     asyncio.run(rollout.stop())
     asyncio.run(teacher.stop())
@@ -115,7 +115,7 @@ def plain_logprobs(folder: Path, row: RolloutRow) -> torch.Tensor:
 
 def test_the_support_is_the_top_k_of_the_model_it_is_named_after(scored: Scored) -> None:
     top_k = scored.cfg.teacher.top_k
-    folder = scored.student if scored.cfg.teacher.support.name == "student_topk" else scored.folder
+    folder = scored.student if scored.cfg.teacher.support == "student_topk" else scored.folder
     assert len(scored.rows) == SAMPLES * len(PROMPTS)
     for row in scored.rows:
         logprobs = plain_logprobs(folder, row)
@@ -143,7 +143,7 @@ def test_the_ids_are_on_the_wire_once(scored: Scored) -> None:
     batch = decode(ray.get(scored.payload))
     handed = [row.student_topk_ids for row in rollout_rows(batch)]
     assert "student_topk_ids" not in decode(ray.get(scored.scored)).schema.names
-    if scored.cfg.teacher.support.name == "teacher_topk":
+    if scored.cfg.teacher.support == "teacher_topk":
         assert all(ids is None for ids in handed)
         return
     for ids, row in zip(handed, scored.rows, strict=True):
@@ -152,9 +152,9 @@ def test_the_ids_are_on_the_wire_once(scored: Scored) -> None:
 
 def test_evaluation_beside_sampling_changes_nothing(scored: Scored) -> None:
     """Requests that ask for no ids are decoded in one batch with those that do."""
-    payload, receipt = generate(scored.rollout)
+    payload, meta = generate(scored.rollout)
     completions = scored.rollout.workers[0].complete.remote(PROMPTS, 0, SAMPLES)
-    again = scored_rows(decode(ray.get(score(scored.teacher, payload, receipt)[0])))
+    again = scored_rows(decode(ray.get(score(scored.teacher, payload, meta)[0])))
     assert [len(samples) for samples in ray.get(completions)] == [SAMPLES, SAMPLES]
     for row, expected in zip(again, scored.rows, strict=True):
         np.testing.assert_array_equal(row.response_token_ids, expected.response_token_ids)
@@ -192,12 +192,12 @@ def test_a_run_trains_on_the_support_and_the_engine_has_its_weights(
         sampled = torch.from_numpy(row.response_token_ids.astype(np.int64))
         trained = plain_logprobs(tmp_path / "student", row).gather(1, sampled[:, None])[:, 0]
         np.testing.assert_allclose(row.behavior_logprobs, trained, atol=1e-4, rtol=scored.rounding)
-    assert record.of("replay/visits/max") == [1, 2]
+    assert record.of("replay/uses/max") == [1, 2]
     assert all(norm > 0 for norm in record.of("learner/grad_norm"))
     mass, overlap = record.of("support/student_mass/mean")[0], record.of("support/overlap_ratio/mean")[0]
     if scored.cfg.teacher.top_k == VOCAB:
         assert mass == pytest.approx(1.0, abs=1e-5) and overlap == 1.0
     else:
         # The student's own top K is all its own; the teacher's is not.
-        assert (overlap == 1.0) == (scored.cfg.teacher.support.name == "student_topk")
+        assert (overlap == 1.0) == (scored.cfg.teacher.support == "student_topk")
         assert 0 < mass < 1

@@ -37,7 +37,7 @@ class VariantStep:
 
 @dataclass(frozen=True)
 class States:
-    """Folder of the state to go on from, and by number of steps the folders, which exist, to save states in.
+    """Folder of the state to continue from, and by number of steps the folders, which exist, to save states in.
 
     Those of `refused` are tried first.
     """
@@ -69,7 +69,7 @@ def _run(
     refusals = [_refusal(trainer, folder) for folder in states.refused]
     if states.load is not None:
         torch.manual_seed(99)
-        trainer.load_state(states.load)
+        trainer.load_checkpoint(states.load)
     reports = []
     for number in range(len(steps) + 1):
         if number:
@@ -77,7 +77,7 @@ def _run(
             batch, payload = steps[number - 1]
             reports.append(trainer.train_step(batch, [payload]))
         if number in states.save:
-            trainer.save_state(states.save[number])
+            trainer.save_checkpoint(states.save[number])
     buckets = list(trainer.export())
     weights = {name: tensor.clone() for bucket in buckets for name, tensor in unpack_bucket(bucket)}
     return reports, weights, refusals
@@ -86,7 +86,7 @@ def _run(
 def _refusal(trainer: Trainer, folder: Path) -> str:
     """Why the state cannot be loaded; empty if it can."""
     try:
-        trainer.load_state(folder)
+        trainer.load_checkpoint(folder)
     except CheckpointError as error:
         return str(error)
     return ""
@@ -122,8 +122,8 @@ class VariantGroup:
             prompts = [(info.prompt_id, info.num_prompt_tokens) for info in infos if info.prompt_id]
             plan = plan_microbatches(lengths, num_ranks, budget, prompts)
             batch = SampledBatch((step.payload,), rows, infos)
-            num_dumped = cfg.telemetry.dump_trajectories if dump else 0
-            parts = rank_batches(batch, plan, step.policy_version, cfg.replay.reuse, num_dumped)
+            num_recorded = cfg.telemetry.record_trajectories if dump else 0
+            parts = rank_batches(batch, plan, step.policy_version, cfg.replay.reuse, num_recorded)
             for rank, (part, _) in enumerate(parts):
                 per_rank[rank].append((part, step.payload))
         calls = []

@@ -1,4 +1,4 @@
-"""Made-up visits of a dumped trajectory."""
+"""Made-up uses of a recorded trajectory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_ray.run.trajectory_dump import DumpedVisit
+from opd_ray.run.trajectory_records import RecordedUse
 
 SETTINGS: dict[str, Any] = {
     "objective": {"kind": "lsm", "mask_rules": []},
@@ -23,19 +23,19 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def made_visit(
-    pieces: Sequence[str], *, slot: int = 3, step: int = 2, visit: int = 2, top_k: int = 4, **changes: Any
-) -> DumpedVisit:
-    """A second visit whose numbers are random but hang together; `changes` replace fields."""
+def made_use(
+    pieces: Sequence[str], *, trajectory_id: int = 3, step: int = 2, use: int = 2, top_k: int = 4, **changes: Any
+) -> RecordedUse:
+    """A second use whose numbers are random but hang together; `changes` replace fields."""
     num_tokens, vocabulary = len(pieces), max(50, top_k + 1)
-    rng = np.random.default_rng(slot)  # of the slot: what the teacher says is the same at each visit
+    rng = np.random.default_rng(trajectory_id)  # of the trajectory: what the teacher says is the same at each use
     ids = rng.integers(0, vocabulary, num_tokens)
     support = rng.permuted(np.tile(np.arange(vocabulary), (num_tokens, 1)), axis=1)[:, :top_k]
     teacher = np.log(np.sort(rng.dirichlet(np.ones(top_k + 1), num_tokens), axis=1)[:, :0:-1])
     engine, teacher_sampled = -rng.exponential(1.0, num_tokens), -rng.exponential(1.0, num_tokens)
-    rng = np.random.default_rng([slot, step])
+    rng = np.random.default_rng([trajectory_id, step])
     student = np.log(np.sort(rng.dirichlet(np.ones(top_k + 1), num_tokens), axis=1)[:, :0:-1])
-    drift = np.zeros(num_tokens) if visit == 1 else rng.normal(0, 0.1, num_tokens)
+    drift = np.zeros(num_tokens) if use == 1 else rng.normal(0, 0.1, num_tokens)
     segments = np.arange(num_tokens) // 8
     segment_drift = np.array([drift[segments == number].mean() for number in range(segments.max() + 1)])
     gate = np.exp(-np.abs(segment_drift))
@@ -43,16 +43,16 @@ def made_visit(
     def floats(values: Any) -> Any:
         return np.asarray(values, dtype=np.float32)
 
-    made = DumpedVisit(
-        slot=slot,
+    made = RecordedUse(
+        trajectory_id=trajectory_id,
         step=step,
-        visit=visit,
-        staleness=visit - 1,
-        is_fresh=visit == 1,
-        is_measured=visit > 1,
+        use=use,
+        staleness=use - 1,
+        is_fresh=use == 1,
+        is_measured=use > 1,
         behavior_from_engine=False,
         tau=1.0,
-        prompt_id=f"p{slot}",
+        prompt_id=f"p{trajectory_id}",
         finish_reason="stop",
         temperature=1.0,
         top_p=0.9,

@@ -29,7 +29,7 @@ from opd_ray.replay.store import ReplayStore
 from opd_ray.rollout.group import RolloutGroup
 from opd_ray.run.checkpoint import Checkpoint, Checkpoints
 from opd_ray.training.controller import Controller, Groups, Outputs
-from opd_ray.types import BatchReceipt, LoadReceipt, Prompt, RolloutRequest, TrajectoryReceipt, WeightsReceipt
+from opd_ray.types import BatchMeta, LoadResult, Prompt, RolloutRequest, TrajectoryMeta, WeightsMeta
 
 _NUMBERS = itertools.count()
 
@@ -44,7 +44,7 @@ class FakePayload:
 
     def __await__(self) -> Generator[Any, None, Any]:
         if self.is_lost:
-            raise PayloadLostError("a payload is gone with a node: have it made again")
+            raise PayloadLostError("a payload was lost with its node: have it made again")
         return self.value.__await__()
 
 
@@ -183,20 +183,20 @@ class FakeEngine:
     def abandon(self) -> None:
         """Nothing runs in here."""
 
-    async def generate(self, request: RolloutRequest) -> tuple[str, BatchReceipt]:
+    async def generate(self, request: RolloutRequest) -> tuple[str, BatchMeta]:
         oldest = self.version
-        await self.world.work(f"rollout{request.slots[0]}")
+        await self.world.work(f"rollout{request.trajectory_ids[0]}")
         rows = [
-            TrajectoryReceipt(slot, request.prompt_of(row).id, row, 3, 5, oldest, self.version, "stop")
-            for row, slot in enumerate(request.slots)
+            TrajectoryMeta(trajectory_id, request.prompt_of(row).id, row, 3, 5, oldest, self.version, "stop")
+            for row, trajectory_id in enumerate(request.trajectory_ids)
         ]
-        self.world.prompts |= {row.slot: row.prompt_id for row in rows}
-        return f"payload{request.slots[0]}", BatchReceipt(tuple(rows), "rollout-0", 0.1, 100)
+        self.world.prompts |= {row.trajectory_id: row.prompt_id for row in rows}
+        return f"payload{request.trajectory_ids[0]}", BatchMeta(tuple(rows), "rollout-0", 0.1, 100)
 
-    async def load_weights(self, published: WeightsReceipt, *buckets: Any) -> LoadReceipt:
+    async def load_weights(self, published: WeightsMeta, *buckets: Any) -> LoadResult:
         await self.world.work("load")
         self.version = published.policy_version
-        return LoadReceipt("rollout", published.policy_version, published.checksum, 8, 0.0)
+        return LoadResult("rollout", published.policy_version, published.checksum, 8, 0.0)
 
 
 class FakeTeacher:
@@ -208,16 +208,14 @@ class FakeTeacher:
     def ping(self) -> str:
         return "teacher"
 
-    async def score(
-        self, payload: Any, receipt: BatchReceipt, prompts: tuple[Prompt, ...]
-    ) -> tuple[bytes, BatchReceipt]:
+    async def score(self, payload: Any, meta: BatchMeta, prompts: tuple[Prompt, ...]) -> tuple[bytes, BatchMeta]:
         await payload
         await self.world.work("teacher")
         self.world.scored += 1
         if self.world.scored == self.world.teacher_fails_at:
             raise ActorError("actor teacher-0 failed: mend it")
         assert prompts
-        return b"scored", receipt
+        return b"scored", meta
 
 
 class _Spawning(WorkerGroup):
@@ -257,7 +255,7 @@ class FakeLearner:
         self.num_restarts = 0
         self.version = 0
         self.is_dead = False
-        self.absent: set[int] = set()
+        self.unavailable: set[int] = set()
         self._max_restarts = max_restarts
         self._death = asyncio.Event()
 
@@ -270,16 +268,18 @@ class FakeLearner:
         if self.is_dead:
             raise ActorDiedError("actor learner-0 died (killed): start again")
         refs = [batch.refs[ref] for ref, _ in batch.rows]
-        lost = [info.slot for info, ref in zip(batch.infos, refs, strict=True) if getattr(ref, "is_lost", False)]
+        lost = [
+            info.trajectory_id for info, ref in zip(batch.infos, refs, strict=True) if getattr(ref, "is_lost", False)
+        ]
         if lost:
             return LostTrajectories(tuple(lost))
         self.version += 1
         self.world.batches.append((policy_version, batch))
         return [RankReport(loss_sum=1.0, weight_sum=1.0, divisor=1.0, num_tokens=5, grad_norm=1.0)]
 
-    async def export(self, version: int) -> tuple[WeightsReceipt, list[Any]]:
+    async def export(self, version: int) -> tuple[WeightsMeta, list[Any]]:
         assert version == self.version
-        return WeightsReceipt(version, "checksum", 0), []
+        return WeightsMeta(version, "checksum", 0), []
 
     async def restart(self, error: ActorDiedError) -> None:
         if self.num_restarts == self._max_restarts:
@@ -290,10 +290,10 @@ class FakeLearner:
     async def ready(self) -> None:
         """At once."""
 
-    async def save_state(self, folder: Path) -> None:
+    async def save_checkpoint(self, folder: Path) -> None:
         (folder / "state.json").write_text(json.dumps(self.version))
 
-    async def load_state(self, folder: Path) -> None:
+    async def load_checkpoint(self, folder: Path) -> None:
         self.version = json.loads((folder / "state.json").read_text())
 
     async def save(self, folder: Path) -> None:
@@ -338,7 +338,7 @@ class Run:
 
     def _step_done(self, step: int, batch: SampledBatch, metrics: Mapping[str, Any]) -> None:
         self.steps.append((step, metrics))
-        self.trained.append((step, batch.slots))
+        self.trained.append((step, batch.trajectory_ids))
 
     def _go_back(self, checkpoint: Checkpoint | None) -> int:
         version = checkpoint.policy_version if checkpoint else 0

@@ -18,11 +18,11 @@ EXPECTED = read(make_rows(WORK))
 
 @pytest.mark.parametrize("sampled", LogprobDtype)
 def test_what_goes_through_the_codec_is_what_the_producer_has(sampled: LogprobDtype) -> None:
-    payload, receipt = StoreProducer(WORK, LogprobDtype.float16, sampled).produce((4, 5, 6), version=9)
+    payload, meta = StoreProducer(WORK, LogprobDtype.float16, sampled).produce((4, 5, 6), version=9)
     rows = tuple((0, row) for row in range(WORK.trajectories))
     assert is_same(StoreConsumer().read_payloads(SampledBatch((), rows, ()), [payload]), EXPECTED, in_order=True)
-    assert [item.slot for item in receipt.trajectories] == [4, 5, 6]
-    assert receipt.num_bytes == payload.size
+    assert [item.trajectory_id for item in meta.trajectories] == [4, 5, 6]
+    assert meta.num_bytes == payload.size
 
 
 def test_the_defaults_take_four_bytes_a_token_more() -> None:

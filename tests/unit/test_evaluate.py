@@ -1,4 +1,4 @@
-"""The verb `evaluate` without engines: config, where results go, verdicts made anew, and waiting for engines."""
+"""The verb `evaluate` without engines: config, where results go, verdicts made again, and waiting for engines."""
 
 import asyncio
 import json
@@ -282,7 +282,7 @@ def test_names_of_problem_sets(path: str, name: str) -> None:
     assert problem_set_name(path) == name
 
 
-# Verdicts made anew
+# Verdicts made again
 
 
 def judged(tmp_path: Path) -> Path:

@@ -9,12 +9,12 @@ import pytest
 
 from opd_ray.errors import DataError
 from opd_ray.inspect import choose, main, overview
-from opd_ray.run.trajectory_dump import DUMP_FOLDER, DumpEntry, write_dump
-from tests.unit.dumped import SETTINGS, made_visit
+from opd_ray.run.trajectory_records import RECORDS_FOLDER, DumpEntry, write_records
+from tests.unit.dumped import SETTINGS, made_use
 
 
-def entry(slot: int, step: int, visit: int, drift: float) -> DumpEntry:
-    return DumpEntry(Path("f"), 0, slot, step, visit, visit - 1, 10, drift)
+def entry(trajectory_id: int, step: int, use: int, drift: float) -> DumpEntry:
+    return DumpEntry(Path("f"), 0, trajectory_id, step, use, use - 1, 10, drift)
 
 
 ENTRIES = [entry(0, 1, 1, 0.0), entry(8, 1, 1, 0.0), entry(0, 2, 2, 0.1), entry(8, 2, 2, 0.3), entry(16, 4, 2, 0.2)]
@@ -22,25 +22,27 @@ ENTRIES = [entry(0, 1, 1, 0.0), entry(8, 1, 1, 0.0), entry(0, 2, 2, 0.1), entry(
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    for step, visit in ((1, 1), (2, 2)):
-        visits = [made_visit(["4", "2", "\n"], slot=slot, step=step, visit=visit) for slot in (0, 8)]
-        write_dump(tmp_path / DUMP_FOLDER, 0, visits, SETTINGS)
+    for step, use in ((1, 1), (2, 2)):
+        uses = [made_use(["4", "2", "\n"], trajectory_id=trajectory_id, step=step, use=use) for trajectory_id in (0, 8)]
+        write_records(tmp_path / RECORDS_FOLDER, 0, uses, SETTINGS)
     return tmp_path
 
 
 def test_without_a_wish_the_visit_of_the_largest_drift_is_shown() -> None:
     assert choose(ENTRIES, {}) is ENTRIES[3]
-    assert choose(ENTRIES, {"slot": 0}) is ENTRIES[2]
-    assert choose(ENTRIES, {"slot": 8, "visit": 1}) is ENTRIES[1]
+    assert choose(ENTRIES, {"trajectory_id": 0}) is ENTRIES[2]
+    assert choose(ENTRIES, {"trajectory_id": 8, "use": 1}) is ENTRIES[1]
     assert choose(ENTRIES, {"step": 4}) is ENTRIES[4]
     assert choose(ENTRIES[:2], {}) is ENTRIES[0], "of equals the first"
 
 
 def test_a_trajectory_that_was_not_dumped_is_answered_with_some_that_were() -> None:
-    with pytest.raises(DataError, match=r"trajectory=5 was not dumped: there are the trajectories 0, 8, 16 of steps 1"):
-        choose(ENTRIES, {"slot": 5})
-    with pytest.raises(DataError, match=r"trajectory=16 visit=1 was not dumped"):
-        choose(ENTRIES, {"slot": 16, "visit": 1})
+    with pytest.raises(
+        DataError, match=r"trajectory=5 was not recorded: there are the trajectories 0, 8, 16 of steps 1"
+    ):
+        choose(ENTRIES, {"trajectory_id": 5})
+    with pytest.raises(DataError, match=r"trajectory=16 use=1 was not recorded"):
+        choose(ENTRIES, {"trajectory_id": 16, "use": 1})
 
 
 def test_the_overview_begins_with_the_largest_drift_and_counts_the_rest() -> None:
@@ -52,9 +54,9 @@ def test_the_overview_begins_with_the_largest_drift_and_counts_the_rest() -> Non
 def test_the_command_writes_one_page_and_tells_where(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(run), "trajectory=8"])
     told = capsys.readouterr().out
-    assert told == f"{run / DUMP_FOLDER / 'slot-8.html'}\n"
+    assert told == f"{run / RECORDS_FOLDER / 'trajectory_id-8.html'}\n"
     page = Path(told.strip()).read_text(encoding="utf-8")
-    assert "Trajectory of slot 8" in page and '"visit": 1' in page and '"visit": 2' in page
+    assert "Trajectory of trajectory 8" in page and '"use": 1' in page and '"use": 2' in page
 
 
 def test_without_a_trajectory_the_command_lists_what_is_there(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,9 +69,9 @@ def test_without_a_trajectory_the_command_lists_what_is_there(run: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trajectory=5"], "trajectory=5 was not dumped: there are the trajectories 0, 8 of steps 1 to 2"),
-        (["trajectory=x"], "'trajectory=x' is not understood: give trajectory=ID, step=N or visit=N"),
-        (["slot=8"], "'slot=8' is not understood"),
+        (["trajectory=5"], "trajectory=5 was not recorded: there are the trajectories 0, 8 of steps 1 to 2"),
+        (["trajectory=x"], "'trajectory=x' is not understood: give trajectory=ID, step=N or use=N"),
+        (["trajectory_id=8"], "'trajectory=8' is not understood"),
         (["--out", "/dev/null/page.html"], "choose another place with --out"),
     ],
 )
@@ -86,8 +88,8 @@ def test_wrong_input_is_one_line_and_exit_code_1(
 def test_a_step_that_dumped_another_trajectory_under_the_same_slot_is_refused(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = made_visit(["4", "2", "\n"], slot=0, step=3, response_token_ids=np.array([7, 7, 7]))
-    write_dump(run / DUMP_FOLDER, 0, [other], SETTINGS)
+    other = made_use(["4", "2", "\n"], trajectory_id=0, step=3, response_token_ids=np.array([7, 7, 7]))
+    write_records(run / RECORDS_FOLDER, 0, [other], SETTINGS)
     with pytest.raises(SystemExit):
         main([str(run), "trajectory=0"])
-    assert "slot 0 stands for several trajectories" in capsys.readouterr().err
+    assert "trajectory 0 stands for several trajectories" in capsys.readouterr().err

@@ -13,12 +13,12 @@ from hypothesis import given
 from ray import cloudpickle
 
 from opd_ray.learner.spec import RankBatch
-from opd_ray.types import BatchReceipt, SampleInfo, TrajectoryReceipt
+from opd_ray.types import BatchMeta, SampleInfo, TrajectoryMeta
 
-receipts = st.builds(TrajectoryReceipt)
+metas = st.builds(TrajectoryMeta)
 infos = st.lists(st.builds(SampleInfo, age_s=st.floats(0, 1e6)), max_size=4)
 records = st.one_of(
-    st.builds(BatchReceipt, trajectories=st.lists(receipts, max_size=4).map(tuple), busy_s=st.floats(0, 1e6)),
+    st.builds(BatchMeta, trajectories=st.lists(metas, max_size=4).map(tuple), busy_s=st.floats(0, 1e6)),
     infos.map(lambda some: RankBatch(((0,), ()), {0: (0, 1)}, dict(enumerate(some)), True, (3,), 2, (0,))),
 )
 
@@ -34,4 +34,4 @@ def test_a_record_arrives_as_it_was(dumps: Callable[[Any], bytes], record: Any) 
 @given(record=records)
 def test_no_record_within_is_pickled_by_itself(record: Any) -> None:
     stream = pickle.dumps(record)
-    assert b"TrajectoryReceipt" not in stream and b"SampleInfo" not in stream
+    assert b"TrajectoryMeta" not in stream and b"SampleInfo" not in stream

@@ -24,9 +24,9 @@ from opd_ray.config.checks import check_config
 from opd_ray.config.schema import RunConfig
 from opd_ray.main import conf_dir, multirun_name, register_benchmarks
 from opd_ray.plan import PlanConfig
-from opd_ray.run.trajectory_dump import DUMP_FOLDER, write_dump
+from opd_ray.run.trajectory_records import RECORDS_FOLDER, write_records
 from opd_ray.training.evaluate_config import EvaluateConfig, check_evaluate_config
-from tests.unit.dumped import SETTINGS, made_visit
+from tests.unit.dumped import SETTINGS, made_use
 from tests.unit.markdown import FOLDERS, ROOT, Page, pages
 from tests.unit.run_folders import write_run
 
@@ -210,7 +210,7 @@ def test_an_inspection_runs(
     verb: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_dump(tmp_path / arguments[0] / DUMP_FOLDER, 0, [made_visit(["4", "2"], slot=16)], SETTINGS)
+    write_records(tmp_path / arguments[0] / RECORDS_FOLDER, 0, [made_use(["4", "2"], trajectory_id=16)], SETTINGS)
     inspect.main(arguments)
     assert Path(capsys.readouterr().out.splitlines()[-1]).is_file()
 

@@ -40,8 +40,8 @@ const shown = text => text.replace(/^ +| +$/g, spaces => "␣".repeat(spaces.len
 const probability = steps => (steps === CERTAIN_TO ? 0 : Math.exp(-steps / STEPS_PER_NAT));
 
 // The tokens that take part, and a size that only few exceed.
-let visit, color = DATA.isGated ? "drift" : "kl", kept = false, current = -1;
-const counted = name => Array.from(visit[name]).filter((value, i) => visit.mask[i] && Number.isFinite(value));
+let use, color = DATA.isGated ? "drift" : "kl", kept = false, current = -1;
+const counted = name => Array.from(use[name]).filter((value, i) => use.mask[i] && Number.isFinite(value));
 function quantile(values, share) {
   const sorted = values.slice().sort((a, b) => a - b);
   return sorted.length ? sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))] : 0;
@@ -49,10 +49,10 @@ function quantile(values, share) {
 const mean = values => values.reduce((sum, value) => sum + value, 0) / Math.max(values.length, 1);
 
 const COLORS = {
-  drift: { label: "drift", unit: "nats", of: i => visit.drift[i], diverging: 0 },
-  token_weights: { label: "gate weight", unit: "", of: i => visit.token_weights[i], diverging: 1 },
-  kl: { label: "KL", unit: "nats", of: i => visit.kl[i] },
-  losses: { label: "loss", unit: "", of: i => visit.losses[i], diverging: 0 },
+  drift: { label: "drift", unit: "nats", of: i => use.drift[i], diverging: 0 },
+  token_weights: { label: "gate weight", unit: "", of: i => use.token_weights[i], diverging: 1 },
+  kl: { label: "KL", unit: "nats", of: i => use.kl[i] },
+  losses: { label: "loss", unit: "", of: i => use.losses[i], diverging: 0 },
   versions: { label: "version", unit: "", of: i => DATA.versions[i], isCategory: true },
 };
 const mixed = (from, to, share) => `rgb(${from.map((value, c) => Math.round(value + (to[c] - value) * share)).join(",")})`;
@@ -112,36 +112,36 @@ function drawChoice(id, options, chosen, choose) {
 
 function drawWords() {
   const drift = counted("drift").map(Math.abs), weights = counted("token_weights"), kl = counted("kl");
-  const left = T - visit.mask.reduce((sum, value) => sum + value, 0);
+  const left = T - use.mask.reduce((sum, value) => sum + value, 0);
   const parts = [`KL ${number(mean(kl))} nats a token`];
-  if (visit.isFresh) parts.push("first visit at staleness 0: drift is zero by definition");
+  if (use.isFresh) parts.push("first use at staleness 0: drift is zero by definition");
   else parts.push(`|drift| mean ${number(mean(drift))}, largest ${number(Math.max(0, ...drift.slice(0, 1e5)))} nats`,
-    `against ${visit.behaviorFromEngine ? "the engine's" : "the learner's own first"} log-probs`);
-  parts.splice(0, 0, `staleness ${visit.staleness}`);
-  if (DATA.hasTau && !visit.isFresh) parts.push(`τ ${number(visit.tau)}`);
+    `against ${use.behaviorFromEngine ? "the engine's" : "the learner's own first"} log-probs`);
+  parts.splice(0, 0, `staleness ${use.staleness}`);
+  if (DATA.hasTau && !use.isFresh) parts.push(`τ ${number(use.tau)}`);
   if (weights.length) parts.push(`weight ${number(Math.min(...weights.slice(0, 1e5)))} to ${number(Math.max(...weights.slice(0, 1e5)))}`);
   if (left) parts.push(`${left} tokens masked (struck through)`);
   at("words").textContent = parts.join(" · ");
 }
 
-const numSegments = () => visit.segmentGate.length;
+const numSegments = () => use.segmentGate.length;
 const segmentWords = s => {
-  const drift = visit.isFresh ? "drift 0 (fresh)" : visit.isMeasured ? `drift ${number(visit.segmentDrift[s])} nats` : "drift not measured";
-  return `segment ${s}: ${drift}, gate ${number(visit.segmentGate[s], 4)}, ${visit.segmentTokens[s]} tokens`;
+  const drift = use.isFresh ? "drift 0 (fresh)" : use.isMeasured ? `drift ${number(use.segmentDrift[s])} nats` : "drift not measured";
+  return `segment ${s}: ${drift}, gate ${number(use.segmentGate[s], 4)}, ${use.segmentTokens[s]} tokens`;
 };
 
 function drawText() {
   const box = document.createDocumentFragment();
   const marks = numSegments() * 4 <= T || T < 4;
   for (let i = 0; i < T; i++) {
-    const s = visit.segments[i];
-    if (marks && (i === 0 || s !== visit.segments[i - 1])) {
+    const s = use.segments[i];
+    if (marks && (i === 0 || s !== use.segments[i - 1])) {
       const mark = el("span", "seg", s);
       mark.title = segmentWords(s);
       mark.dataset.segment = s;
       box.append(mark);
     }
-    const token = el("span", visit.mask[i] ? "t" : "t masked");
+    const token = el("span", use.mask[i] ? "t" : "t masked");
     token.dataset.i = i;
     const lines = DATA.pieces[i].split("\n");
     lines.forEach((line, n) => {
@@ -196,15 +196,15 @@ function lists(i, limit) {
   const inSupport = new Set(), left = [], right = [];
   let teacherMass = 0, studentMass = 0;
   for (let k = i * K; k < (i + 1) * K; k++) {
-    const q = probability(DATA.teacherLogprobs[k]), p = probability(visit.studentLogprobs[k]);
+    const q = probability(DATA.teacherLogprobs[k]), p = probability(use.studentLogprobs[k]);
     teacherMass += q;
     studentMass += p;
     inSupport.add(DATA.teacherIds[k]);
     if (left.length < limit) left.push(supportRow(DATA.texts[DATA.teacherIds[k]], DATA.textIds[DATA.teacherIds[k]] === sampled, q, p));
   }
   for (let k = i * K; k < Math.min((i + 1) * K, i * K + limit); k++) {
-    const place = visit.ownIds[k];
-    const row = supportRow(DATA.texts[place], DATA.textIds[place] === sampled, null, probability(visit.ownLogprobs[k]));
+    const place = use.ownIds[k];
+    const row = supportRow(DATA.texts[place], DATA.textIds[place] === sampled, null, probability(use.ownLogprobs[k]));
     if (!inSupport.has(place)) {
       row.classList.add("outside");
       row.title = "not in the support";
@@ -217,17 +217,17 @@ function lists(i, limit) {
 }
 
 function fillCard(i) {
-  const card = at("card"), s = visit.segments[i];
+  const card = at("card"), s = use.segments[i];
   const title = el("h3"), numbers = el("div", "numbers"), key = el("div", "note");
   title.append(el("code", "", shown(DATA.pieces[i])), " ",
-    el("small", "", `token ${i + 1} of ${T}, id ${DATA.tokenIds[i]}, version ${DATA.versions[i]}${visit.mask[i] ? "" : ", masked: not in the loss"}`));
+    el("small", "", `token ${i + 1} of ${T}, id ${DATA.tokenIds[i]}, version ${DATA.versions[i]}${use.mask[i] ? "" : ", masked: not in the loss"}`));
   const rows = [
-    ["drift", `${number(visit.drift[i])}${visit.isFresh ? " (fresh)" : ""}`], ["loss", number(visit.losses[i])],
-    [`segment ${s} drift`, visit.isMeasured || visit.isFresh ? number(visit.segmentDrift[s]) : "–"], ["KL on the support", number(visit.kl[i])],
-    [`segment ${s} gate`, number(visit.segmentGate[s], 4)], ["entropy", number(visit.entropy[i])],
-    ["weight", number(visit.token_weights[i], 4)], ["log-prob, teacher", number(DATA.teacher_logprobs[i], 4)],
-    ["log-prob, engine", number(DATA.engine_logprobs[i], 4)], ["log-prob, behaviour", number(visit.behavior_logprobs[i], 4)],
-    ["log-prob, now", number(visit.current_logprobs[i], 4)], ["now − teacher", number(visit.current_logprobs[i] - DATA.teacher_logprobs[i])],
+    ["drift", `${number(use.drift[i])}${use.isFresh ? " (fresh)" : ""}`], ["loss", number(use.losses[i])],
+    [`segment ${s} drift`, use.isMeasured || use.isFresh ? number(use.segmentDrift[s]) : "–"], ["KL on the support", number(use.kl[i])],
+    [`segment ${s} gate`, number(use.segmentGate[s], 4)], ["entropy", number(use.entropy[i])],
+    ["weight", number(use.token_weights[i], 4)], ["log-prob, teacher", number(DATA.teacher_logprobs[i], 4)],
+    ["log-prob, engine", number(DATA.engine_logprobs[i], 4)], ["log-prob, behaviour", number(use.behavior_logprobs[i], 4)],
+    ["log-prob, now", number(use.current_logprobs[i], 4)], ["now − teacher", number(use.current_logprobs[i] - DATA.teacher_logprobs[i])],
   ];
   for (const [name, value] of rows) numbers.append(el("b", "", name), el("span", "", value));
   const limit = kept ? K : Math.min(K, CARD_ROWS);
@@ -330,14 +330,14 @@ function linePath(values, y, isStep) {
 }
 
 function panels() {
-  const bySegment = values => Array.from(visit.segments, s => values[s]);
-  const unmasked = values => Array.from(values, (value, i) => (visit.mask[i] ? value : NaN));
-  const drift = [{ values: unmasked(visit.drift), color: "#8aa9c9", width: 1 }];
-  if (visit.isMeasured) drift.push({ values: bySegment(visit.segmentDrift), color: "#22252a", width: 1.8, isStep: true });
+  const bySegment = values => Array.from(use.segments, s => values[s]);
+  const unmasked = values => Array.from(values, (value, i) => (use.mask[i] ? value : NaN));
+  const drift = [{ values: unmasked(use.drift), color: "#8aa9c9", width: 1 }];
+  if (use.isMeasured) drift.push({ values: bySegment(use.segmentDrift), color: "#22252a", width: 1.8, isStep: true });
   return [
-    { title: visit.isMeasured ? "drift: token (blue) and segment (black), nats" : "drift, nats", lines: drift, symmetric: true, bends: true },
-    { title: "gate weight of a token", lines: [{ values: unmasked(visit.token_weights), color: "#22252a", width: 1.6, isStep: true }], base: 1 },
-    { title: "KL to the teacher on the support, nats", lines: [{ values: unmasked(visit.kl), color: "#7a5ca8", width: 1 }], base: 0, bends: true },
+    { title: use.isMeasured ? "drift: token (blue) and segment (black), nats" : "drift, nats", lines: drift, symmetric: true, bends: true },
+    { title: "gate weight of a token", lines: [{ values: unmasked(use.token_weights), color: "#22252a", width: 1.6, isStep: true }], base: 1 },
+    { title: "KL to the teacher on the support, nats", lines: [{ values: unmasked(use.kl), color: "#7a5ca8", width: 1 }], base: 0, bends: true },
   ];
 }
 
@@ -381,7 +381,7 @@ function drawPlot() {
     const scale = heights(panel, [low, high]), y = value => top + PANEL * (1 - scale.of(value));
     root.append(svg("text", { x: LEFT, y: top - 6 }, panel.title + (panel.bends ? " (a scale that bends: mind its numbers)" : "")));
     root.append(svg("rect", { x: LEFT, y: top, width: WIDTH - LEFT - RIGHT, height: PANEL, fill: "#fff", stroke: "#d9dce1" }));
-    if (numSegments() <= 80) for (let i = 1; i < T; i++) if (visit.segments[i] !== visit.segments[i - 1]) {
+    if (numSegments() <= 80) for (let i = 1; i < T; i++) if (use.segments[i] !== use.segments[i - 1]) {
       root.append(svg("line", { x1: x(i), x2: x(i), y1: top, y2: top + PANEL, stroke: "#e6e8ec" }));
     }
     const middle = panel.symmetric ? 0 : panel.base;
@@ -420,11 +420,11 @@ function moveCursor(i) {
 
 function open(place) {
   const before = kept ? current : -1;
-  visit = DATA.visits[place];
-  unpackAll(visit);
+  use = DATA.uses[place];
+  unpackAll(use);
   current = -1;
-  drawChoice("visits", DATA.visits.map((one, value) => ({
-    value, label: `step ${one.step} · visit ${one.visit}`, title: `staleness ${one.staleness}${one.isFresh ? ", fresh" : ""}`,
+  drawChoice("uses", DATA.uses.map((one, value) => ({
+    value, label: `step ${one.step} · use ${one.use}`, title: `staleness ${one.staleness}${one.isFresh ? ", fresh" : ""}`,
   })), place, open);
   drawWords();
   drawText();

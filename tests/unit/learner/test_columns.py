@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from opd_ray.config.choices import GateKind, ObjectiveKind, TauMode
+from opd_ray.config.choices import GateKind, TauMode
 from opd_ray.config.schema import GateConfig, ObjectiveConfig
 from opd_ray.errors import SchemaError
 from opd_ray.learner.columns import learner_columns
@@ -24,17 +24,17 @@ VERSIONS = {"version_starts", "version_values"}
 @pytest.mark.parametrize(
     ("kind", "gate", "probes", "expected"),
     [
-        (ObjectiveKind.opd, GateConfig(), False, ALWAYS),
-        (ObjectiveKind.opd, GateConfig(), True, ALWAYS | IDS),
-        (ObjectiveKind.lsm, GateConfig(), False, ALWAYS | IDS | TOPK),
-        (ObjectiveKind.tail_kl, GateConfig(kind=GateKind.block), True, ALWAYS | IDS | TOPK),
-        (ObjectiveKind.opd, GateConfig(kind=GateKind.block, tau_mode=TauMode.staleness), False, ALWAYS | VERSIONS),
-        (ObjectiveKind.opd, GateConfig(kind=GateKind.off, tau_mode=TauMode.staleness), False, ALWAYS),
-        (ObjectiveKind.opd, GateConfig(kind=GateKind.block, tau_mode=TauMode.quantile), False, ALWAYS),
+        ("opd", GateConfig(), False, ALWAYS),
+        ("opd", GateConfig(), True, ALWAYS | IDS),
+        ("lsm", GateConfig(), False, ALWAYS | IDS | TOPK),
+        ("tail_kl", GateConfig(kind=GateKind.block), True, ALWAYS | IDS | TOPK),
+        ("opd", GateConfig(kind=GateKind.block, tau_mode=TauMode.staleness), False, ALWAYS | VERSIONS),
+        ("opd", GateConfig(kind=GateKind.off, tau_mode=TauMode.staleness), False, ALWAYS),
+        ("opd", GateConfig(kind=GateKind.block, tau_mode=TauMode.quantile), False, ALWAYS),
     ],
 )
 def test_a_learner_reads_what_its_objective_gate_and_report_need(
-    kind: ObjectiveKind, gate: GateConfig, probes: bool, expected: set[str]
+    kind: str, gate: GateConfig, probes: bool, expected: set[str]
 ) -> None:
     columns = learner_columns(ObjectiveConfig(kind=kind), gate, probes=probes)
     assert set(columns) == expected
@@ -49,18 +49,20 @@ def rows_of(columns: tuple[str, ...] | None) -> list[TrainingRow]:
     """Two trajectories whose versions change in the middle; each log-prob column has a NaN of its own."""
     made = [
         RolloutRow(
-            slot=slot,
+            trajectory_id=trajectory_id,
             prompt_id="p",
             prompt_token_ids=np.arange(4, dtype=np.int32),
             response_token_ids=np.arange(length, dtype=np.int32) + 5,
-            behavior_logprobs=np.array([NAN, -1, -1][:length] if slot == 0 else [-1.0] * length, dtype=np.float32),
+            behavior_logprobs=np.array(
+                [NAN, -1, -1][:length] if trajectory_id == 0 else [-1.0] * length, dtype=np.float32
+            ),
             version_starts=np.array([0, 1], dtype=np.int32),
             version_values=np.array([3, 4], dtype=np.int64),
             finish_reason="stop",
             temperature=1.0,
             top_p=1.0,
         )
-        for slot, length in enumerate(LENGTHS)
+        for trajectory_id, length in enumerate(LENGTHS)
     ]
     batch = decode(encode_rollouts(made, BatchSpec("f")))
     sampled = [np.array([-1, NAN, -1], dtype=np.float32), np.full(2, -1, dtype=np.float32)]
@@ -70,7 +72,7 @@ def rows_of(columns: tuple[str, ...] | None) -> list[TrainingRow]:
     return training_rows(decode(add_teacher_columns(batch, sampled, ids, topk, BatchSpec("f", 2)), columns=columns))
 
 
-INFOS = [SampleInfo(slot, 2, 1, 0.0, 4, length) for slot, length in enumerate(LENGTHS)]
+INFOS = [SampleInfo(trajectory_id, 2, 1, 0.0, 4, length) for trajectory_id, length in enumerate(LENGTHS)]
 BASE = ("prompt_token_ids", "response_token_ids", "behavior_logprobs", "teacher_logprobs")
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_ray.learner.diagnostics import Metrics, ProbeFacts, SegmentFacts, StepDiagnostics, TokenFacts
+from opd_ray.learner.diagnostics import Metrics, ProbeFacts, SegmentFacts, StepDiagnostics, TokenStats
 from opd_ray.learner.distribution import (
     DRIFT_EDGES,
     UNIT_EDGES,
@@ -23,13 +23,13 @@ from opd_ray.learner.distribution import (
 from opd_ray.telemetry.metrics import checked_metrics
 from opd_ray.types import Histogram
 
-Step = tuple[list[TokenFacts], list[SegmentFacts], list[ProbeFacts]]
+Step = tuple[list[TokenStats], list[SegmentFacts], list[ProbeFacts]]
 
 
 def tokens(
     position: list[float], weight: list[float], kl: list[float], staleness: list[int], segment: list[int]
-) -> TokenFacts:
-    return TokenFacts(
+) -> TokenStats:
+    return TokenStats(
         np.array(position, dtype=np.float64),
         np.array(weight, dtype=np.float64),
         np.array(kl, dtype=np.float64),
@@ -63,7 +63,7 @@ def random_step(seed: int, num_tokens: int, num_probes: int = 20, max_staleness:
     gate = np.exp(-np.abs(drift))
     segment = np.sort(rng.integers(0, size, num_tokens))
     staleness = rng.integers(0, max_staleness + 1, size)
-    token_facts = TokenFacts(
+    token_facts = TokenStats(
         rng.random(num_tokens), gate[segment], rng.normal(0.1, 1.0, num_tokens), staleness[segment], segment
     )
     counts = np.bincount(segment, minlength=size)
@@ -271,7 +271,7 @@ def part_of(step: Step, owner: IntArray, part: int) -> Step:
     named = {name: getattr(facts, name)[kept] for name in ("position", "weight", "kl", "staleness")}
     segment_values = (getattr(blocks, name)[mine] for name in ("drift", "gate", "num_tokens", "staleness", "measured"))
     probe_values = (getattr(looks, name)[seen] for name in ("position", "support_mass", "overlap", "entropy"))
-    return [TokenFacts(**named, segment=segment)], [SegmentFacts(*segment_values)], [ProbeFacts(*probe_values)]
+    return [TokenStats(**named, segment=segment)], [SegmentFacts(*segment_values)], [ProbeFacts(*probe_values)]
 
 
 @settings(max_examples=60, deadline=None)

@@ -88,8 +88,10 @@ class FakeRank:
         self.train_step = self
 
     def remote(self, part: RankBatch, refs: list[str]) -> Any:
-        self.forgot.append(part.last_visits)
-        lost = [part.infos[place].slot for place, (payload, _) in part.rows.items() if refs[payload] in self.lost]
+        self.forgot.append(part.last_uses)
+        lost = [
+            part.infos[place].trajectory_id for place, (payload, _) in part.rows.items() if refs[payload] in self.lost
+        ]
         return LostTrajectories(tuple(lost)) if self.lost else f"report of {len(part.rows)}"
 
 
@@ -104,8 +106,10 @@ class GroupOfFakes(LearnerGroup):
 
 
 def test_what_any_rank_misses_is_said_and_later_forgotten_by_all() -> None:
-    infos = tuple(SampleInfo(slot, 0, 1, 0.0, 3, 5) for slot in range(6))
-    batch = SampledBatch(("a", "b", "c"), tuple((slot // 2, slot % 2) for slot in range(6)), infos)
+    infos = tuple(SampleInfo(trajectory_id, 0, 1, 0.0, 3, 5) for trajectory_id in range(6))
+    batch = SampledBatch(
+        ("a", "b", "c"), tuple((trajectory_id // 2, trajectory_id % 2) for trajectory_id in range(6)), infos
+    )
     group = GroupOfFakes(2)
     for rank in group.workers:
         rank.lost = {"b"}

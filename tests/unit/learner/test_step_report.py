@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from opd_ray.errors import DivergedError
-from opd_ray.learner.diagnostics import SegmentFacts, StepDiagnostics, TokenFacts
+from opd_ray.learner.diagnostics import SegmentFacts, StepDiagnostics, TokenStats
 from opd_ray.learner.step_report import RankReport, step_metrics
 
 
 def diagnostics(gate: float, num_tokens: int, weight_scale: float) -> StepDiagnostics:
     """One segment of equal tokens, one step old."""
     ones = np.ones(num_tokens)
-    tokens = TokenFacts(0.5 * ones, gate * ones, ones, ones.astype(np.int64), 0 * ones.astype(np.int64))
+    tokens = TokenStats(0.5 * ones, gate * ones, ones, ones.astype(np.int64), 0 * ones.astype(np.int64))
     segments = SegmentFacts(
         np.array([-math.log(gate)]), np.array([gate]), np.array([num_tokens]), np.array([1]), np.array([True])
     )

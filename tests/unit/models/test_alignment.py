@@ -15,7 +15,7 @@ from opd_ray.tiny.paths import teacher_path
 from opd_ray.trajectory.codec import decode, encode_rollouts
 from opd_ray.trajectory.rows import RolloutRow, scored_rows
 from opd_ray.trajectory.schema import BatchSpec
-from opd_ray.types import BatchReceipt, Prompt
+from opd_ray.types import BatchMeta, Prompt
 
 PATH = str(teacher_path())
 
@@ -48,9 +48,9 @@ def test_padding_does_not_reach_valid_positions() -> None:
     torch.testing.assert_close(joint, torch.cat(single), rtol=1e-4, atol=1e-5)
 
 
-def rollout_row(slot: int, prompt_id: str, prompt: list[int], response: list[int]) -> RolloutRow:
+def rollout_row(trajectory_id: int, prompt_id: str, prompt: list[int], response: list[int]) -> RolloutRow:
     return RolloutRow(
-        slot=slot,
+        trajectory_id=trajectory_id,
         prompt_id=prompt_id,
         prompt_token_ids=np.array(prompt, dtype=np.int32),
         response_token_ids=np.array(response, dtype=np.int32),
@@ -81,10 +81,8 @@ def test_scores_equal_a_plain_forward_pass(template: Template, max_batch_tokens:
     responses = [tokenizer(text)["input_ids"] for text in texts]
     student_prompts = [tokenizer(p.problem + "\n")["input_ids"] for p in problems]
     rows = [rollout_row(i, p.id, student_prompts[i], responses[i]) for i, p in enumerate(problems)]
-    payload, receipt = worker.score(
-        encode_rollouts(rows, BatchSpec(fingerprint)), BatchReceipt((), "r", 0.0, 0), problems
-    )
-    assert receipt.num_bytes == payload.size
+    payload, meta = worker.score(encode_rollouts(rows, BatchSpec(fingerprint)), BatchMeta((), "r", 0.0, 0), problems)
+    assert meta.num_bytes == payload.size
     model = load_causal_lm(PATH, Dtype.float32)
     for problem, response, row in zip(problems, responses, scored_rows(decode(payload)), strict=True):
         shown = problem.problem + "\n"

@@ -64,7 +64,7 @@ def test_no_rows_and_no_columns() -> None:
         ((4, 9), 10, [5, 5]),
         # Under min_len 3: 2 merges into the next (2+3), the last 1 into the previous.
         ((1, 4, 8), 10, [5, 5]),
-        # Merging goes on until it is long enough: 1+1+1 = 3, then 4.
+        # Merging continues until it is long enough: 1+1+1 = 3, then 4.
         ((0, 1, 2), 7, [3, 4]),
         # A run of newlines at the end merges into the previous span.
         ((4, 5, 6), 7, [7]),

@@ -14,10 +14,10 @@ from opd_ray.trajectory.rows import RolloutRow
 PROMPT, RESPONSE = 70, 600
 
 
-def rollout_row(slot: int, top_k: int) -> RolloutRow:
+def rollout_row(trajectory_id: int, top_k: int) -> RolloutRow:
     return RolloutRow(
-        slot=slot,
-        prompt_id=f"problem-{slot}",
+        trajectory_id=trajectory_id,
+        prompt_id=f"problem-{trajectory_id}",
         prompt_token_ids=np.ones(PROMPT, np.int32),
         response_token_ids=np.ones(RESPONSE, np.int32),
         behavior_logprobs=np.zeros(RESPONSE, np.float32),
@@ -40,7 +40,7 @@ def test_bytes_are_those_that_the_codec_writes(support: Support, top_k: int, dty
     spec = batch_spec(cfg)
     given = top_k if support is Support.student_topk else 0
     count = 24
-    rollout = encode_rollouts([rollout_row(slot, given) for slot in range(count)], spec.rollout)
+    rollout = encode_rollouts([rollout_row(trajectory_id, given) for trajectory_id in range(count)], spec.rollout)
     tokens = [np.zeros(RESPONSE, np.float32)] * count
     ids = None if given else [np.ones((RESPONSE, top_k), np.int32)] * count
     scored = add_teacher_columns(decode(rollout), tokens, ids, [np.zeros((RESPONSE, top_k), np.float32)] * count, spec)
@@ -55,12 +55,12 @@ def test_a_response_token_takes_204_bytes_at_k_32() -> None:
     assert row_bytes(spec, 0, 1001) - row_bytes(spec, 0, 1) == 1000 * (4 + 4 + 4 + 32 * 6)
 
 
-@pytest.mark.parametrize(("staleness", "reuse", "cohorts"), [(0, 1, 2), (0, 2, 2), (2, 1, 4), (3, 2, 3)])
-def test_the_store_holds_what_admission_lets_in(staleness: int, reuse: int, cohorts: int) -> None:
+@pytest.mark.parametrize(("staleness", "reuse", "batches"), [(0, 1, 2), (0, 2, 2), (2, 1, 4), (3, 2, 3)])
+def test_the_store_holds_what_admission_lets_in(staleness: int, reuse: int, batches: int) -> None:
     cfg = RunConfig()
     cfg.replay.max_staleness, cfg.replay.reuse = staleness, reuse
     need = store_need(cfg, 10.0)
-    assert need.num_trajectories == cohorts * cfg.trajectories_per_step
+    assert need.num_trajectories == batches * cfg.trajectories_per_step
     assert need.payloads.expected == need.num_trajectories * need.bytes_per_trajectory
     assert (need.weights.least, need.weights.expected) == (10.0, 20.0)
 
@@ -77,13 +77,13 @@ def test_budgets_bound_what_lies_in_memory() -> None:
 def test_what_moves_in_a_step() -> None:
     cfg = RunConfig()
     cfg.replay.reuse, cfg.learner.num_ranks = 2, 4
-    hops = {hop.name: hop for hop in traffic(cfg, 100.0, 80.0, 3)}
-    # Sampled and scored once, read at both visits.
-    assert hops["store -> learner"].full == 2 * hops["teacher -> store"].full
-    assert hops["rollout -> teacher"].full < hops["teacher -> store"].full
-    assert hops["teacher -> store"].half == pytest.approx(hops["teacher -> store"].full / 2, rel=0.01)
-    assert hops["learner -> engines"].full == 300
+    stages = {stage.name: stage for stage in traffic(cfg, 100.0, 80.0, 3)}
+    # Sampled and scored once, read at both uses.
+    assert stages["store -> learner"].full == 2 * stages["teacher -> store"].full
+    assert stages["rollout -> teacher"].full < stages["teacher -> store"].full
+    assert stages["teacher -> store"].half == pytest.approx(stages["teacher -> store"].full / 2, rel=0.01)
+    assert stages["learner -> engines"].full == 300
     # A ring moves 2 x 3 / 4 of the gradients a rank, four ranks.
-    assert hops["learner <-> learner"].full == 480
+    assert stages["learner <-> learner"].full == 480
     cfg.learner.zero_stage = 3
-    assert {hop.name: hop for hop in traffic(cfg, 100.0, 80.0, 3)}["learner <-> learner"].full == 720
+    assert {stage.name: stage for stage in traffic(cfg, 100.0, 80.0, 3)}["learner <-> learner"].full == 720

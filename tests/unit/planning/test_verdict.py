@@ -153,7 +153,7 @@ def test_workers_lie_together_or_apart_as_the_config_says() -> None:
     assert packed.seats[0].workers == {"learner": 2, "rollout": 4, "teacher": 1}
     # Weights go to each node with an engine once.
     for one, nodes in ((found, 2), (packed, 1)):
-        weights = next(hop for hop in one.hops if hop.name == "learner -> engines")
+        weights = next(stage for stage in one.stages if stage.name == "learner -> engines")
         assert weights.full == nodes * one.needs.weight_bytes
 
 

@@ -18,11 +18,11 @@ FINGERPRINT = "tok-1"
 ROLLOUT = BatchSpec(FINGERPRINT)
 
 
-def trajectory(slot: int, num_tokens: int, rng: np.random.Generator) -> RolloutRow:
+def trajectory(trajectory_id: int, num_tokens: int, rng: np.random.Generator) -> RolloutRow:
     starts, values = version_segments(np.sort(rng.integers(0, 3, num_tokens)))
     return RolloutRow(
-        slot=slot,
-        prompt_id=f"prompt-{slot}",
+        trajectory_id=trajectory_id,
+        prompt_id=f"prompt-{trajectory_id}",
         prompt_token_ids=rng.integers(0, 100, 5, dtype=np.int32),
         response_token_ids=rng.integers(0, 100, num_tokens, dtype=np.int32),
         behavior_logprobs=-rng.random(num_tokens, dtype=np.float32),
@@ -36,7 +36,7 @@ def trajectory(slot: int, num_tokens: int, rng: np.random.Generator) -> RolloutR
 
 def trajectories(lengths: list[int], seed: int = 0) -> list[RolloutRow]:
     rng = np.random.default_rng(seed)
-    return [trajectory(slot, length, rng) for slot, length in enumerate(lengths)]
+    return [trajectory(trajectory_id, length, rng) for trajectory_id, length in enumerate(lengths)]
 
 
 def teacher_arrays(lengths: list[int], top_k: int, seed: int = 1) -> tuple[Arrays, Arrays, Arrays]:

@@ -1,4 +1,4 @@
-"""Helpers for tests of the store: receipts, and calls that must not wait."""
+"""Helpers for tests of the store: metadata, and calls that must not wait."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from opd_ray.errors import PayloadLostError, SnapshotError
+from opd_ray.errors import CheckpointError, PayloadLostError
 from opd_ray.replay.payload_io import PayloadFile, read_payload, write_payload
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
-from opd_ray.types import BatchReceipt, TrajectoryReceipt
+from opd_ray.types import BatchMeta, TrajectoryMeta
 
 Result = TypeVar("Result")
 LOST = b"lost"
@@ -24,30 +24,30 @@ class Payload:
         self.data = data
 
 
-def receipt(slots: tuple[int, ...] | list[int], versions: dict[int, int] | int = 0) -> BatchReceipt:
-    """A receipt whose rows are in the order of `slots`; `versions`: oldest token, by slot or for all."""
-    return BatchReceipt(
+def meta(trajectory_ids: tuple[int, ...] | list[int], versions: dict[int, int] | int = 0) -> BatchMeta:
+    """Metadata whose rows are in the order of the ids; `versions`: oldest token, by trajectory or for all."""
+    return BatchMeta(
         trajectories=tuple(
-            TrajectoryReceipt(
-                slot=slot,
-                prompt_id=f"p{slot}",
+            TrajectoryMeta(
+                trajectory_id=trajectory_id,
+                prompt_id=f"p{trajectory_id}",
                 row=row,
                 num_prompt_tokens=3,
-                num_response_tokens=10 + slot,
-                oldest_version=versions if isinstance(versions, int) else versions[slot],
-                newest_version=versions if isinstance(versions, int) else versions[slot],
+                num_response_tokens=10 + trajectory_id,
+                oldest_version=versions if isinstance(versions, int) else versions[trajectory_id],
+                newest_version=versions if isinstance(versions, int) else versions[trajectory_id],
                 finish_reason="stop",
             )
-            for row, slot in enumerate(slots)
+            for row, trajectory_id in enumerate(trajectory_ids)
         ),
         worker="teacher-0",
         busy_s=0.1,
-        num_bytes=100 * len(slots),
+        num_bytes=100 * len(trajectory_ids),
     )
 
 
 class MemoryPayloads:
-    """A `PayloadIO` for payloads that have `data`; those that are `LOST` are gone with a node.
+    """A `PayloadIO` for payloads that have `data`; those that are `LOST` were lost with a node.
 
     `pause` is awaited before each payload is written; `make` makes a payload of bytes.
     """
@@ -72,7 +72,7 @@ class MemoryPayloads:
         try:
             return self.read_later(files)
         except PayloadLostError as error:
-            raise SnapshotError(str(error)) from error
+            raise CheckpointError(str(error)) from error
 
     def read_later(self, files: Sequence[PayloadFile]) -> list[Any]:
         return [self._make(bytes(read_payload(file))) for file in files]

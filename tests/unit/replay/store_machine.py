@@ -20,7 +20,7 @@ from opd_ray.config.choices import ReplayOrder, StalePolicy
 from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
-from tests.unit.replay.store_driver import MemoryPayloads, Payload, WaitsError, at_once, make_store, receipt, snapshot
+from tests.unit.replay.store_driver import MemoryPayloads, Payload, WaitsError, at_once, make_store, meta, snapshot
 
 MODES = [(StalePolicy.wait, ReplayOrder.fifo), (StalePolicy.wait, ReplayOrder.fifo)] + [
     (stale, order) for stale in (StalePolicy.drop, StalePolicy.gate) for order in ReplayOrder
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Shot:
-    """What a snapshot holds: stored slots with their visits that were released, and what had become of all others."""
+    """A checkpoint: the stored trajectories with their uses that were released."""
 
     folder: Path | None = None
     stored: tuple[tuple[int, int], ...] = ()
@@ -92,15 +92,15 @@ class StoreMachine(RuleBasedStateMachine):
         self.acquired_at: dict[int, int] = {}
         self.in_flight: list[int] = []
         self.stored: set[int] = set()
-        self.visits: dict[int, int] = {}  # since it was stored, here or in the snapshot
-        self.all_visits: Counter[int] = Counter()  # those that the learner keeps
-        self.completed: set[int] = set()  # had the step of their last visit
-        self.visits_left = 0  # of the running cohort
+        self.num_uses: dict[int, int] = {}  # since it was stored, here or in the snapshot
+        self.all_uses: Counter[int] = Counter()  # those that the learner keeps
+        self.completed: set[int] = set()  # had the step of their last use
+        self.uses_left = 0  # of the current batch
         self.running: tuple[int, ...] = ()
         self.out: list[tuple[tuple[int, ...], bool]] = []  # sampled and not released; whether for the last time
         self.payloads: weakref.WeakSet[Payload] = weakref.WeakSet()
         self.data_of: dict[int, bytes] = {}
-        self.fate: dict[int, str] = {}  # of slots that ended
+        self.fate: dict[int, str] = {}  # of trajectories that ended
 
     def new_store(self) -> ReplayStore:
         folder = Path(self.temporary.name) / "spill"
@@ -118,17 +118,17 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 6))
     def acquire(self, count: int) -> None:
         try:
-            slots = self.call(self.store.acquire(count))
+            trajectory_ids = self.call(self.store.acquire(count))
         except WaitsError:
             acquirable = self.store.counts()["acquirable"]
             assert acquirable == 0 or (self.config.max_bytes and acquirable < count)
             return
-        assert 1 <= len(slots) <= count
-        assert self.fate.keys().isdisjoint(slots), "a slot was given out twice"
-        self.acquired_at |= dict.fromkeys(slots, self.published)
-        self.in_flight += slots
-        prompt_ids = [f"p{slot}" for slot in slots[1:]]
-        self.store.assign(slots[1:], prompt_ids)
+        assert 1 <= len(trajectory_ids) <= count
+        assert self.fate.keys().isdisjoint(trajectory_ids), "a trajectory was given out twice"
+        self.acquired_at |= dict.fromkeys(trajectory_ids, self.published)
+        self.in_flight += trajectory_ids
+        prompt_ids = [f"p{trajectory_id}" for trajectory_id in trajectory_ids[1:]]
+        self.store.assign(trajectory_ids[1:], prompt_ids)
         queued = len(self.in_flight) + len(self.ready())
         assert queued <= (self.config.max_staleness + 1) * self.config.trajectories_per_step
         expected_bytes = self.store.counts()["payload_bytes"] + 100 * len(self.in_flight)
@@ -137,64 +137,70 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.memory is None or self.unpinned_bytes() <= self.memory
 
     def unpinned_bytes(self) -> int:
-        """Of payloads in memory that no cohort needs."""
-        pinned = {self.data_of[slot] for slot in self.stored if self.visits[slot]}
+        """Of payloads in memory that no batch needs."""
+        pinned = {self.data_of[trajectory_id] for trajectory_id in self.stored if self.num_uses[trajectory_id]}
         return sum(size_of(payload.data) for payload in self.payloads if payload.data not in pinned)
 
     def ready(self) -> set[int]:
-        return {slot for slot in self.stored if not self.visits[slot]}
+        return {trajectory_id for trajectory_id in self.stored if not self.num_uses[trajectory_id]}
 
-    def pick(self, data: st.DataObject, slots: list[int]) -> list[int]:
-        return data.draw(st.lists(st.sampled_from(slots), min_size=1, max_size=4, unique=True))
+    def pick(self, data: st.DataObject, trajectory_ids: list[int]) -> list[int]:
+        return data.draw(st.lists(st.sampled_from(trajectory_ids), min_size=1, max_size=4, unique=True))
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
     def append(self, data: st.DataObject) -> None:
         self.take_in(self.pick(data, self.in_flight))
 
-    def take_in(self, slots: list[int]) -> None:
-        self.append_to_store(slots)
-        for slot in slots:
-            self.in_flight.remove(slot)
-            self.stored.add(slot)
-            self.visits[slot] = 0
+    def take_in(self, trajectory_ids: list[int]) -> None:
+        self.append_to_store(trajectory_ids)
+        for trajectory_id in trajectory_ids:
+            self.in_flight.remove(trajectory_id)
+            self.stored.add(trajectory_id)
+            self.num_uses[trajectory_id] = 0
 
-    def append_to_store(self, slots: list[int]) -> None:
-        # A token's version is the one published when its slot was acquired, the oldest that the proof allows.
-        payload = self.put(json.dumps(slots).encode())
-        self.store.append(receipt(slots, {slot: self.acquired_at[slot] for slot in slots}), payload)
-        self.data_of |= dict.fromkeys(slots, payload.data)
+    def append_to_store(self, trajectory_ids: list[int]) -> None:
+        # A token's version is the one published when its trajectory was acquired, the oldest that the proof allows.
+        payload = self.put(json.dumps(trajectory_ids).encode())
+        self.store.append(
+            meta(trajectory_ids, {trajectory_id: self.acquired_at[trajectory_id] for trajectory_id in trajectory_ids}),
+            payload,
+        )
+        self.data_of |= dict.fromkeys(trajectory_ids, payload.data)
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
-        slots = self.pick(data, self.in_flight)
-        self.store.fail(slots, "test")
-        self.fate |= dict.fromkeys(slots, "failed/test")
-        self.in_flight = [slot for slot in self.in_flight if slot not in slots]
+        trajectory_ids = self.pick(data, self.in_flight)
+        self.store.fail(trajectory_ids, "test")
+        self.fate |= dict.fromkeys(trajectory_ids, "failed/test")
+        self.in_flight = [trajectory_id for trajectory_id in self.in_flight if trajectory_id not in trajectory_ids]
 
     @precondition(lambda self: self.stored)
     @rule(data=st.data())
     def evict(self, data: st.DataObject) -> None:
-        slots = self.pick(data, sorted(self.stored))
-        self.store.evict(slots, "test")
-        self.drop(slots, "evicted/test")
+        trajectory_ids = self.pick(data, sorted(self.stored))
+        self.store.evict(trajectory_ids, "test")
+        self.drop(trajectory_ids, "evicted/test")
 
     @precondition(lambda self: self.stored)
     @rule(data=st.data())
     def drop_lost(self, data: st.DataObject) -> None:
-        """The payloads of some slots are gone with a node; whoever says so may name slots that are not here."""
-        slots = self.pick(data, sorted(self.stored))
-        lost = {self.data_of[slot] for slot in slots}
-        self.store.drop_lost([*slots, *self.fate, 10**6])
-        self.drop([slot for slot in self.stored if self.data_of[slot] in lost], "evicted/payload_lost")
+        """The payloads of some trajectories were lost with a node; the call may name ids that are not here."""
+        trajectory_ids = self.pick(data, sorted(self.stored))
+        lost = {self.data_of[trajectory_id] for trajectory_id in trajectory_ids}
+        self.store.drop_lost([*trajectory_ids, *self.fate, 10**6])
+        self.drop(
+            [trajectory_id for trajectory_id in self.stored if self.data_of[trajectory_id] in lost],
+            "evicted/payload_lost",
+        )
 
-    def drop(self, slots: list[int], fate: str) -> None:
-        self.fate |= dict.fromkeys(slots, fate)
-        self.stored.difference_update(slots)
-        self.running = tuple(slot for slot in self.running if slot in self.stored)
+    def drop(self, trajectory_ids: list[int], fate: str) -> None:
+        self.fate |= dict.fromkeys(trajectory_ids, fate)
+        self.stored.difference_update(trajectory_ids)
+        self.running = tuple(trajectory_id for trajectory_id in self.running if trajectory_id in self.stored)
         if not self.running:
-            self.visits_left = 0
+            self.uses_left = 0
 
     @rule(num_slow=st.integers(0, 3))
     def produce(self, num_slow: int) -> None:
@@ -214,12 +220,18 @@ class StoreMachine(RuleBasedStateMachine):
         self.num_shots += 1
         folder = Path(self.temporary.name) / str(self.num_shots)
         self.loop.run_until_complete(snapshot(self.store, folder))
-        num_out = Counter(slot for slots, _ in self.out for slot in slots)
-        return Shot(folder, tuple((slot, self.visits[slot] - num_out[slot]) for slot in sorted(self.stored)))
+        num_out = Counter(trajectory_id for trajectory_ids, _ in self.out for trajectory_id in trajectory_ids)
+        return Shot(
+            folder,
+            tuple(
+                (trajectory_id, self.num_uses[trajectory_id] - num_out[trajectory_id])
+                for trajectory_id in sorted(self.stored)
+            ),
+        )
 
     @rule()
     def crash_and_restore(self) -> None:
-        """The learner goes on from what was published; what it had out is visited again."""
+        """The learner continues from what was published; what it had out is used again."""
         state, lengths = self.store.counts(), self.store.lengths()
         self.shot = self.shoot()
         assert self.shot.folder is not None
@@ -229,13 +241,13 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.lengths() == lengths
         if not self.out:
             assert self.store.counts() | {"memory_bytes": 0} == state | {"memory_bytes": 0}
-        for slots, _ in self.out:
-            self.all_visits.subtract(slots)
-        self.visits |= dict(self.shot.stored)
+        for trajectory_ids, _ in self.out:
+            self.all_uses.subtract(trajectory_ids)
+        self.num_uses |= dict(self.shot.stored)
         self.out.clear()
         self.learner = self.published
-        self.running = tuple(sorted(slot for slot in self.stored if self.visits[slot]))
-        self.visits_left = self.config.reuse - self.visits[self.running[0]] if self.running else 0
+        self.running = tuple(sorted(trajectory_id for trajectory_id in self.stored if self.num_uses[trajectory_id]))
+        self.uses_left = self.config.reuse - self.num_uses[self.running[0]] if self.running else 0
 
     @rule()
     def sample(self) -> None:
@@ -245,7 +257,7 @@ class StoreMachine(RuleBasedStateMachine):
         if self.learner - self.published >= 2:
             return False
         size = self.config.trajectories_per_step
-        if not self.visits_left:
+        if not self.uses_left:
             self.sweep()
         ready = self.ready()
         try:
@@ -254,58 +266,68 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.waiting_is_right(), "the learner waits for nothing"
             return False
         assert batch is not None
-        assert list(batch.slots) == sorted(batch.slots)
-        assert 1 <= len(batch.slots) <= size
+        assert list(batch.trajectory_ids) == sorted(batch.trajectory_ids)
+        assert 1 <= len(batch.trajectory_ids) <= size
         for info, (ref_index, _) in zip(batch.infos, batch.rows, strict=True):
-            self.visits[info.slot] += 1
-            self.all_visits[info.slot] += 1
-            assert self.all_visits[info.slot] <= self.config.reuse, "a visit was made twice"
-            assert info.visits == self.visits[info.slot] <= self.config.reuse
-            assert info.staleness == self.learner - self.acquired_at[info.slot]
-            assert info.staleness <= self.config.sweep_bound + info.visits - 1
+            self.num_uses[info.trajectory_id] += 1
+            self.all_uses[info.trajectory_id] += 1
+            assert self.all_uses[info.trajectory_id] <= self.config.reuse, "a use was made twice"
+            assert info.num_uses == self.num_uses[info.trajectory_id] <= self.config.reuse
+            assert info.staleness == self.learner - self.acquired_at[info.trajectory_id]
+            assert info.staleness <= self.config.sweep_bound + info.num_uses - 1
             ref = batch.refs[ref_index]
-            assert isinstance(ref, Payload) and ref.data == self.data_of[info.slot]
-        if batch.infos[0].visits == 1:
-            assert len(batch.slots) == size
-            self.check_order(batch.slots, ready)
-            self.visits_left = self.config.reuse
-        self.running = batch.slots
-        self.visits_left -= 1
-        self.out.append((batch.slots, self.visits_left == 0))
+            assert isinstance(ref, Payload) and ref.data == self.data_of[info.trajectory_id]
+        if batch.infos[0].num_uses == 1:
+            assert len(batch.trajectory_ids) == size
+            self.check_order(batch.trajectory_ids, ready)
+            self.uses_left = self.config.reuse
+        self.running = batch.trajectory_ids
+        self.uses_left -= 1
+        self.out.append((batch.trajectory_ids, self.uses_left == 0))
         self.learner += 1
         return True
 
     def sweep(self) -> None:
-        """What the store is to drop before it forms a cohort."""
-        stale = {slot for slot in self.ready() if self.learner - self.acquired_at[slot] > self.config.sweep_bound}
+        """What the store is to drop before it forms a batch."""
+        stale = {
+            trajectory_id
+            for trajectory_id in self.ready()
+            if self.learner - self.acquired_at[trajectory_id] > self.config.sweep_bound
+        }
         assert not stale or self.config.overtakes, "the proof says that nothing gets too old"
         self.stored -= stale
         self.fate |= dict.fromkeys(stale, "evicted/stale")
 
     def waiting_is_right(self) -> bool:
         ready, size = sorted(self.ready()), self.config.trajectories_per_step
-        overtaken = not self.config.overtakes and any(slot < max(ready[:size], default=0) for slot in self.in_flight)
-        return not self.visits_left and (len(ready) < size or overtaken)
+        overtaken = not self.config.overtakes and any(
+            trajectory_id < max(ready[:size], default=0) for trajectory_id in self.in_flight
+        )
+        return not self.uses_left and (len(ready) < size or overtaken)
 
-    def check_order(self, slots: tuple[int, ...], ready: set[int]) -> None:
-        passed_over = ready.difference(slots)
+    def check_order(self, trajectory_ids: tuple[int, ...], ready: set[int]) -> None:
+        passed_over = ready.difference(trajectory_ids)
         if self.config.order is ReplayOrder.fifo:
             behind = passed_over if self.config.overtakes else {*passed_over, *self.in_flight}
-            assert all(slot > slots[-1] for slot in behind), "an older slot was overtaken"
+            assert all(trajectory_id > trajectory_ids[-1] for trajectory_id in behind), (
+                "an older trajectory was overtaken"
+            )
         elif self.config.order is ReplayOrder.freshest:
-            oldest = min(self.acquired_at[slot] for slot in slots)
-            assert all(self.acquired_at[slot] <= oldest for slot in passed_over), "a fresher one was passed over"
+            oldest = min(self.acquired_at[trajectory_id] for trajectory_id in trajectory_ids)
+            assert all(self.acquired_at[trajectory_id] <= oldest for trajectory_id in passed_over), (
+                "a fresher one was passed over"
+            )
 
     @precondition(lambda self: self.out)
     @rule()
     def release(self) -> None:
         """The learner is done with the batch that it has longest."""
-        slots, is_last = self.out.pop(0)
+        trajectory_ids, is_last = self.out.pop(0)
         self.published += 1
-        self.store.release(slots, self.published)
+        self.store.release(trajectory_ids, self.published)
         if is_last:
-            done = self.stored.intersection(slots)
-            self.completed.update(slots)
+            done = self.stored.intersection(trajectory_ids)
+            self.completed.update(trajectory_ids)
             self.fate |= dict.fromkeys(done, "trained")
             self.stored -= done
 
@@ -333,7 +355,7 @@ class StoreMachine(RuleBasedStateMachine):
         }
         assert books["trained"] == fates["trained"]
         assert books["started"] == len(self.fate) + len(self.in_flight) + len(self.stored)
-        needed = {self.data_of[slot] for slot in self.stored}
+        needed = {self.data_of[trajectory_id] for trajectory_id in self.stored}
         gc.collect(0)
         assert {payload.data for payload in self.payloads} <= needed, "a payload was not let go"
         state = self.store.counts()
@@ -343,5 +365,5 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def size_of(data: bytes) -> int:
-    """Bytes of a payload, as its receipt says."""
+    """Bytes of a payload, as its metadata says."""
     return 100 * len(json.loads(data))

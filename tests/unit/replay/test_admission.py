@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from opd_ray.replay.admission import Load, PayloadSize, num_in_budget
 from opd_ray.replay.staleness import StoreConfig
-from tests.unit.replay.store_driver import WaitsError, at_once, make_store, receipt
+from tests.unit.replay.store_driver import WaitsError, at_once, make_store, meta
 
 SEEN = PayloadSize(window=100, mean_bytes=10.0, num_seen=5)
 
@@ -27,7 +27,7 @@ def test_the_mean_is_of_trajectories_and_forgets_after_its_window() -> None:
     assert (size.mean_bytes, size.num_seen) == (100.0, 8)
 
 
-# Cohorts of 4, 10 bytes a trajectory.
+# Batches of 4, 10 bytes a trajectory.
 @pytest.mark.parametrize(
     ("load", "max_bytes", "wanted", "expected"),
     [
@@ -37,8 +37,8 @@ def test_the_mean_is_of_trajectories_and_forgets_after_its_window() -> None:
         (Load(8, 3, 4, 90), 130, 1, 1),  # what is in flight counts as if it were here
         (Load(8, 3, 4, 90), 159, 4, 0),  # a group of 4 waits until it fits whole
         (Load(8, 3, 4, 90), 160, 4, 4),
-        (Load(2, 0, 4, 60), 50, 1, 0),  # above the budget while a cohort is in training
-        (Load(2, 0, 0, 60), 50, 4, 2),  # the learner has nothing: the next cohort is filled all the same
+        (Load(2, 0, 4, 60), 50, 1, 0),  # above the budget while a batch is in training
+        (Load(2, 0, 0, 60), 50, 4, 2),  # the learner has nothing: the next batch is filled all the same
         (Load(4, 0, 0, 60), 50, 1, 0),  # it is full
     ],
 )
@@ -47,7 +47,7 @@ def test_slots_inside_the_budget(load: Load, max_bytes: int, wanted: int, expect
     assert num_in_budget(load, SEEN, wanted, config) == expected
 
 
-def test_before_the_first_payload_there_is_room_for_one_cohort() -> None:
+def test_before_the_first_payload_there_is_room_for_one_batch() -> None:
     config = StoreConfig(4, max_staleness=3, max_bytes=10**9)
     assert num_in_budget(Load(0, 0, 0, 0), PayloadSize(8), 9, config) == 4
     assert num_in_budget(Load(4, 4, 0, 0), PayloadSize(8), 9, config) == 0
@@ -62,15 +62,15 @@ def test_before_the_first_payload_there_is_room_for_one_cohort() -> None:
     st.integers(1, 500),
     st.integers(1, 9),
 )
-def test_the_budget_holds_apart_from_the_next_cohort(
-    queued: int, in_flight: int, drafted: int, num_bytes: int, max_bytes: int, wanted: int
+def test_the_budget_holds_apart_from_the_next_batch(
+    queued: int, in_flight: int, in_training: int, num_bytes: int, max_bytes: int, wanted: int
 ) -> None:
-    load = Load(queued, min(in_flight, queued), drafted, num_bytes)
+    load = Load(queued, min(in_flight, queued), in_training, num_bytes)
     count = num_in_budget(load, SEEN, wanted, StoreConfig(4, max_bytes=max_bytes))
-    if drafted == 0:
+    if in_training == 0:
         assert queued + count >= 4
     beyond = num_bytes + (load.num_in_flight + count) * SEEN.mean_bytes > max_bytes
-    assert not beyond or count == 0 or (drafted == 0 and queued + count <= 4)
+    assert not beyond or count == 0 or (in_training == 0 and queued + count <= 4)
 
 
 def test_when_the_learner_lags_generation_waits_for_bytes() -> None:
@@ -80,14 +80,14 @@ def test_when_the_learner_lags_generation_waits_for_bytes() -> None:
         assert await at_once(store.acquire(2)) == (0, 1)
         with pytest.raises(WaitsError):  # nothing is known yet
             await at_once(store.acquire(2))
-        store.append(receipt([0, 1]), "a")
+        store.append(meta([0, 1]), "a")
         assert await at_once(store.acquire(2)) == (2, 3)
-        store.append(receipt([2, 3]), "b")
+        store.append(meta([2, 3]), "b")
         waiting = asyncio.ensure_future(store.acquire(2))
         batch = await at_once(store.sample(2, 0))
         assert batch is not None
         assert not waiting.done()  # what is in training still takes its place
-        store.release(batch.slots, 1)
+        store.release(batch.trajectory_ids, 1)
         assert await waiting == (4, 5)
         assert store.counts()["payload_bytes"] == 200
 
@@ -98,13 +98,13 @@ def test_a_budget_below_one_cohort_is_lock_step() -> None:
     async def scenario() -> None:
         store = make_store(StoreConfig(2, max_staleness=9, max_bytes=1))
         for version in range(4):
-            slots = await at_once(store.acquire(9))
-            assert len(slots) == 2
-            store.append(receipt(slots, version), "a")
+            trajectory_ids = await at_once(store.acquire(9))
+            assert len(trajectory_ids) == 2
+            store.append(meta(trajectory_ids, version), "a")
             batch = await at_once(store.sample(2, version))
             assert batch is not None and batch.infos[0].staleness == 0
             with pytest.raises(WaitsError):
                 await at_once(store.acquire(1))
-            store.release(batch.slots, version + 1)
+            store.release(batch.trajectory_ids, version + 1)
 
     asyncio.run(scenario())

@@ -12,7 +12,7 @@ from opd_ray.replay.lengths import EDGES, LengthReport
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.telemetry.metrics import checked_metrics
 from opd_ray.types import Histogram
-from tests.unit.replay.store_driver import at_once, make_store, receipt
+from tests.unit.replay.store_driver import at_once, make_store, meta
 
 
 def counts(metrics: dict[str, float | Histogram], name: str) -> dict[float, float]:
@@ -51,18 +51,18 @@ def test_the_store_counts_what_trained_and_what_was_dropped() -> None:
     async def scenario() -> None:
         store = make_store(StoreConfig(2, reuse=2, max_staleness=1, stale=StalePolicy.drop))
         await at_once(store.acquire(2))
-        store.append(receipt([0, 1]), "a")  # 10 and 11 tokens
+        store.append(meta([0, 1]), "a")  # 10 and 11 tokens
         for version in (0, 1):
             assert counts(store.lengths(), "kept_tokens") == {}
             batch = await at_once(store.sample(2, version))
             assert batch is not None
-            store.release(batch.slots, version + 1)
+            store.release(batch.trajectory_ids, version + 1)
         assert counts(store.lengths(), "kept_tokens") == {8: 2}
         await at_once(store.acquire(2))
-        store.append(receipt([2, 3], {2: 2, 3: 0}), "b")  # slot 3 is too old at version 2
+        store.append(meta([2, 3], {2: 2, 3: 0}), "b")  # trajectory 3 is too old at version 2
         sampling = asyncio.ensure_future(store.sample(2, 2))
-        (slot,) = await store.acquire(1)
-        store.append(receipt([slot], 2), "c")
+        (trajectory_id,) = await store.acquire(1)
+        store.append(meta([trajectory_id], 2), "c")
         await sampling
         store.evict([2], "test")  # out of the learner's hands, and not counted as kept
         assert counts(store.lengths(), "dropped_tokens") == {8: 2}

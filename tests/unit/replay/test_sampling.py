@@ -17,17 +17,17 @@ from opd_ray.replay.batch import StoredTrajectory
 from opd_ray.replay.sampling import next_batch, sampling_key
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.trajectories import Queue
-from tests.unit.replay.store_driver import WaitsError, at_once, make_store, receipt
+from tests.unit.replay.store_driver import WaitsError, at_once, make_store, meta
 
 FIFO, FRESHEST, WEIGHTED = ReplayOrder.fifo, ReplayOrder.freshest, ReplayOrder.weighted
 WAIT, DROP, GATE = StalePolicy.wait, StalePolicy.drop, StalePolicy.gate
 
 
 def queue_of(versions: dict[int, int], num_given: int) -> Queue:
-    """`num_given` slots were given out; those in `versions` are ready, in that order of arrival."""
+    """`num_given` trajectories were given out; those in `versions` are ready, in that order of arrival."""
     queue = Queue()
     queue.give(num_given)
-    for trajectory in receipt(list(versions), versions).trajectories:
+    for trajectory in meta(list(versions), versions).trajectories:
         queue.complete(StoredTrajectory(trajectory, payload_id=0, appended_s=0.0))
     return queue
 
@@ -39,7 +39,7 @@ def config_of(size: int, order: ReplayOrder, stale: StalePolicy = DROP, **option
 @pytest.mark.parametrize(
     ("order", "stale", "expected"),
     [
-        (FIFO, WAIT, []),  # slot 0 is in flight: it is waited for
+        (FIFO, WAIT, []),  # trajectory 0 is in flight: it is waited for
         (FIFO, DROP, [1, 3]),
         (FRESHEST, DROP, [4, 5]),
         (FIFO, GATE, [1, 3]),
@@ -64,9 +64,9 @@ def test_fewer_ready_ones_than_a_cohort_are_waited_for(order: ReplayOrder) -> No
 @given(st.permutations(list(range(12))), st.sampled_from([FIFO, FRESHEST, WEIGHTED]), st.integers(0, 9))
 @settings(max_examples=50, deadline=None)
 def test_the_order_of_arrival_does_not_matter(arrival: list[int], order: ReplayOrder, seed: int) -> None:
-    versions = {slot: slot // 3 for slot in range(12)}
+    versions = {trajectory_id: trajectory_id // 3 for trajectory_id in range(12)}
     config = config_of(4, order, seed=seed)
-    shuffled = {slot: versions[slot] for slot in arrival}
+    shuffled = {trajectory_id: versions[trajectory_id] for trajectory_id in arrival}
     assert next_batch(queue_of(shuffled, 12), config, 5) == next_batch(queue_of(versions, 12), config, 5)
 
 
@@ -76,9 +76,9 @@ def test_the_weighted_draw_falls_with_staleness_as_it_says() -> None:
     counts = Counter(
         next_batch(queue_of(versions, 3), config_of(1, WEIGHTED, seed=seed), 3)[0] for seed in range(draws)
     )
-    for slot, weight in zip(range(3), (4 / 7, 2 / 7, 1 / 7), strict=True):
+    for trajectory_id, weight in zip(range(3), (4 / 7, 2 / 7, 1 / 7), strict=True):
         deviation = math.sqrt(draws * weight * (1 - weight))
-        assert abs(counts[slot] - draws * weight) < 4 * deviation
+        assert abs(counts[trajectory_id] - draws * weight) < 4 * deviation
 
 
 def test_every_cohort_is_a_new_draw_and_every_seed_another() -> None:
@@ -93,11 +93,11 @@ def test_every_cohort_is_a_new_draw_and_every_seed_another() -> None:
     assert len(keys) == 4
 
 
-async def first_visit(config: StoreConfig, token_version: int, learner_version: int) -> int | None:
-    """Staleness at the first visit of one trajectory; None if it was dropped as stale."""
+async def first_use(config: StoreConfig, token_version: int, learner_version: int) -> int | None:
+    """Staleness at the first use of one trajectory; None if it was dropped as stale."""
     store = make_store(config)
-    (slot,) = await at_once(store.acquire(1))
-    store.append(receipt([slot], token_version), "payload")
+    (trajectory_id,) = await at_once(store.acquire(1))
+    store.append(meta([trajectory_id], token_version), "payload")
     try:
         batch = await at_once(store.sample(1, learner_version))
     except WaitsError:
@@ -120,49 +120,49 @@ async def first_visit(config: StoreConfig, token_version: int, learner_version: 
     ],
 )
 @pytest.mark.parametrize("order", [FIFO, FRESHEST, WEIGHTED])
-def test_the_bound_of_the_first_visit(
+def test_the_bound_of_the_first_use(
     order: ReplayOrder, stale: StalePolicy, max_staleness: int, hard_staleness: int, expected: list[int | None]
 ) -> None:
     if stale is WAIT:
         order = FIFO
     config = StoreConfig(1, 2, max_staleness, order=order, stale=stale, hard_staleness=hard_staleness)
-    assert [asyncio.run(first_visit(config, 2, version)) for version in range(2, 7)] == expected
+    assert [asyncio.run(first_use(config, 2, version)) for version in range(2, 7)] == expected
 
 
 @pytest.mark.parametrize(("stale", "hard", "bound"), [(DROP, 0, 1), (GATE, 4, 4)])
 def test_each_further_visit_may_be_one_older_and_no_more(stale: StalePolicy, hard: int, bound: int) -> None:
-    async def second_visit(version: int) -> int:
+    async def second_use(version: int) -> int:
         store = make_store(StoreConfig(1, 2, 1, stale=stale, hard_staleness=hard))
         await at_once(store.acquire(1))
-        store.append(receipt([0]), "payload")
+        store.append(meta([0]), "payload")
         assert await at_once(store.sample(1, bound)) is not None
         batch = await at_once(store.sample(1, version))
         assert batch is not None
         return batch.infos[0].staleness
 
-    assert asyncio.run(second_visit(bound + 1)) == bound + 1
+    assert asyncio.run(second_use(bound + 1)) == bound + 1
     with pytest.raises(StaleBatchError, match=f"{bound + 2} steps old at use 2, bound {bound + 1}"):
-        asyncio.run(second_visit(bound + 2))
+        asyncio.run(second_use(bound + 2))
 
 
 def test_a_slow_one_is_overtaken_and_then_dropped_or_kept() -> None:
     async def scenario(config: StoreConfig) -> tuple[list[tuple[int, ...]], int]:
         store = make_store(config)
         assert await at_once(store.acquire(4)) == (0, 1, 2, 3)
-        store.append(receipt([1, 2, 3]), "a")
+        store.append(meta([1, 2, 3]), "a")
         batches = []
         for version in range(3):
             batch = await at_once(store.sample(2, version))
             assert batch is not None
-            batches.append(batch.slots)
-            store.release(batch.slots, version + 1)
+            batches.append(batch.trajectory_ids)
+            store.release(batch.trajectory_ids, version + 1)
             fresh = await at_once(store.acquire(9))
-            store.append(receipt(fresh, version + 1), "b")
+            store.append(meta(fresh, version + 1), "b")
             if version == 1:
-                store.append(receipt([0]), "slow")
+                store.append(meta([0]), "slow")
         return batches, store.ledger().get("evicted/stale", 0)
 
-    # Slot 0 of version 0 comes in when the learner is at version 2, one above the bound of 1.
+    # Trajectory 0 of version 0 comes in when the learner is at version 2, one above the bound of 1.
     assert asyncio.run(scenario(StoreConfig(2, max_staleness=1, stale=DROP))) == ([(1, 2), (3, 4), (5, 6)], 1)
     gated = StoreConfig(2, max_staleness=1, stale=GATE, hard_staleness=2)
     assert asyncio.run(scenario(gated)) == ([(1, 2), (3, 4), (0, 5)], 0)

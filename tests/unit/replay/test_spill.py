@@ -19,7 +19,7 @@ from opd_ray.errors import PayloadLostError, StoreError
 from opd_ray.replay.spill import SpillSpace
 from opd_ray.replay.staleness import StoreConfig
 from opd_ray.replay.store import ReplayStore
-from tests.unit.replay.store_driver import MemoryPayloads, Payload, make_store, receipt, snapshot
+from tests.unit.replay.store_driver import MemoryPayloads, Payload, make_store, meta, snapshot
 
 
 def store_of(spill: SpillSpace, max_staleness: int = 9, io: MemoryPayloads | None = None) -> ReplayStore:
@@ -27,10 +27,10 @@ def store_of(spill: SpillSpace, max_staleness: int = 9, io: MemoryPayloads | Non
 
 
 async def fill(store: ReplayStore, num_payloads: int) -> None:
-    """Payloads of two trajectories, 200 bytes each as their receipts say."""
+    """Payloads of two trajectories, 200 bytes each as their metadata say."""
     for number in range(num_payloads):
-        slots = await store.acquire(2)
-        store.append(receipt(slots), Payload(b"payload %d" % number))
+        trajectory_ids = await store.acquire(2)
+        store.append(meta(trajectory_ids), Payload(b"payload %d" % number))
 
 
 @pytest.mark.parametrize(("max_memory_bytes", "in_memory"), [(0, 200), (199, 200), (400, 600), (10_000, 1000)])
@@ -39,7 +39,7 @@ def test_what_came_last_leaves_memory_before_more_is_made(
 ) -> None:
     async def scenario() -> None:
         store = store_of(SpillSpace(max_memory_bytes, tmp_path))
-        await fill(store, 5)  # the last one came in after the last slots were given out
+        await fill(store, 5)  # the last one came in after the last trajectories were given out
         assert (store.counts()["payload_bytes"], store.counts()["memory_bytes"]) == (1000, in_memory)
 
     asyncio.run(scenario())
@@ -54,7 +54,7 @@ def test_training_sees_what_was_stored(tmp_path: Path) -> None:
             assert batch is not None
             assert [ref.data for ref in batch.refs] == [b"payload %d" % (version // 2)]
             assert store.counts()["memory_bytes"] >= 200
-            store.release(batch.slots, version + 1)
+            store.release(batch.trajectory_ids, version + 1)
         assert store.ledger()["trained"] == 8
         assert store.counts()["payload_bytes"] == store.counts()["memory_bytes"] == 0
         assert list(tmp_path.iterdir()) == []
@@ -68,7 +68,7 @@ def test_a_spilled_payload_is_let_go_and_one_in_training_is_not(tmp_path: Path) 
         payloads = [Payload(b"a"), Payload(b"b")]
         watchers = [weakref.ref(payload) for payload in payloads]
         for payload in payloads:
-            store.append(receipt(await store.acquire(2)), payload)
+            store.append(meta(await store.acquire(2)), payload)
             if payload is payloads[0]:
                 batch = await store.sample(2, 0)
         del payload
@@ -89,15 +89,15 @@ def test_what_happens_during_a_move_is_respected(tmp_path: Path) -> None:
         async def pause(payload: Payload) -> None:
             moved.append(payload.data)
             if payload.data == b"dropped":
-                store.evict(slots[2:4], "test")
+                store.evict(trajectory_ids[2:4], "test")
             if payload.data == b"sampled":
                 assert await store.sample(2, 0) is not None
             await asyncio.sleep(0)
 
         store = store_of(SpillSpace(0, tmp_path), io=MemoryPayloads(pause=pause))
-        slots = [slot for _ in range(3) for slot in await store.acquire(2)]
+        trajectory_ids = [trajectory_id for _ in range(3) for trajectory_id in await store.acquire(2)]
         for start, data in ((0, b"sampled"), (2, b"dropped"), (4, b"spilled")):
-            store.append(receipt(slots[start : start + 2]), Payload(data))
+            store.append(meta(trajectory_ids[start : start + 2]), Payload(data))
         await store.acquire(2)
         assert moved == [b"spilled", b"dropped", b"sampled"]
         assert store.counts()["payload_bytes"] == 400
@@ -196,9 +196,9 @@ def test_any_timing_of_moves_trains_what_was_stored(
 
     async def rollout(store: ReplayStore) -> None:
         while True:
-            slots = await store.acquire(2)
+            trajectory_ids = await store.acquire(2)
             await pause()
-            store.append(receipt(slots, store.counts()["version"]), Payload(json.dumps(slots).encode()))
+            store.append(meta(trajectory_ids, store.counts()["version"]), Payload(json.dumps(trajectory_ids).encode()))
 
     async def scenario() -> None:
         config = StoreConfig(
@@ -219,10 +219,10 @@ def test_any_timing_of_moves_trains_what_was_stored(
             await pause()
             batch = await asyncio.wait_for(store.sample(2, version), timeout=20)
             assert batch is not None
-            for slot, (ref_index, row) in zip(batch.slots, batch.rows, strict=True):
-                assert json.loads(batch.refs[ref_index].data)[row] == slot
+            for trajectory_id, (ref_index, row) in zip(batch.trajectory_ids, batch.rows, strict=True):
+                assert json.loads(batch.refs[ref_index].data)[row] == trajectory_id
             await pause()
-            store.release(batch.slots, version + 1)
+            store.release(batch.trajectory_ids, version + 1)
         assert store.ledger()["trained"] == 6
         producer.cancel()
 

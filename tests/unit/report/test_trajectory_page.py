@@ -14,8 +14,8 @@ import pytest
 
 from opd_ray.errors import DataError
 from opd_ray.report.trajectory_page import trajectory_page
-from opd_ray.run.trajectory_dump import DumpedVisit
-from tests.unit.dumped import SETTINGS, made_visit
+from opd_ray.run.trajectory_records import RecordedUse
+from tests.unit.dumped import SETTINGS, made_use
 
 NASTY = ["</script>", "<script>", "alert(1)", "<!--", "&amp;", "{{ 7 * 7 }}", "\u2028", "'\"", "\x00", "<img src=x>"]
 
@@ -42,8 +42,8 @@ class Tags(HTMLParser):
             self.data += data
 
 
-def page_of(*visits: DumpedVisit, run: str = "run") -> str:
-    return trajectory_page(visits, 0, run=run, settings=SETTINGS)
+def page_of(*uses: RecordedUse, run: str = "run") -> str:
+    return trajectory_page(uses, 0, run=run, settings=SETTINGS)
 
 
 def data_of(page: str) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def unpacked(packed: dict[str, str]) -> Any:
 
 
 def test_text_of_the_run_never_becomes_markup() -> None:
-    plain = made_visit(["a"] * len(NASTY))
+    plain = made_use(["a"] * len(NASTY))
     nasty = replace(
         plain,
         response_pieces=tuple(NASTY),
@@ -72,7 +72,7 @@ def test_text_of_the_run_never_becomes_markup() -> None:
 
 
 def test_the_page_fetches_nothing() -> None:
-    page = page_of(made_visit(["a", "b"]))
+    page = page_of(made_use(["a", "b"]))
     assert "default-src 'none'" in page
     addresses = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)\)|@import""", page)
     assert addresses == [("data:,", "")]
@@ -80,37 +80,37 @@ def test_the_page_fetches_nothing() -> None:
 
 
 def test_the_script_gets_every_visit_as_it_was_dumped() -> None:
-    visits = [made_visit(["4", "2"] * 9, step=step, visit=visit, top_k=5) for step, visit in ((1, 1), (2, 2))]
-    data = data_of(page_of(*visits))
-    assert [(one["step"], one["visit"], one["isFresh"]) for one in data["visits"]] == [(1, 1, True), (2, 2, False)]
+    uses = [made_use(["4", "2"] * 9, step=step, use=use, top_k=5) for step, use in ((1, 1), (2, 2))]
+    data = data_of(page_of(*uses))
+    assert [(one["step"], one["use"], one["isFresh"]) for one in data["uses"]] == [(1, 1, True), (2, 2, False)]
     ids = unpacked(data["textIds"])
-    for found, visit in zip(data["visits"], visits, strict=True):
+    for found, use in zip(data["uses"], uses, strict=True):
         for name in ("drift", "token_weights", "kl", "losses", "current_logprobs"):
-            np.testing.assert_array_equal(unpacked(found[name]), getattr(visit, name), err_msg=name)
-        np.testing.assert_array_equal(unpacked(found["segments"]), visit.segment_ids)
-        np.testing.assert_array_equal(unpacked(found["mask"]), visit.mask)
-        np.testing.assert_array_equal(ids[unpacked(found["ownIds"])].reshape(-1, 5), visit.student_topk_ids)
+            np.testing.assert_array_equal(unpacked(found[name]), getattr(use, name), err_msg=name)
+        np.testing.assert_array_equal(unpacked(found["segments"]), use.segment_ids)
+        np.testing.assert_array_equal(unpacked(found["mask"]), use.mask)
+        np.testing.assert_array_equal(ids[unpacked(found["ownIds"])].reshape(-1, 5), use.student_topk_ids)
         rounded = unpacked(found["studentLogprobs"]).reshape(-1, 5) / -1024
-        np.testing.assert_allclose(rounded, visit.student_at_support_logprobs, atol=0.5 / 1024 + 1e-6)
-    np.testing.assert_array_equal(ids[unpacked(data["teacherIds"])].reshape(-1, 5), visits[0].teacher_topk_ids)
-    assert data["texts"] == list(visits[0].texts)
+        np.testing.assert_allclose(rounded, use.student_at_support_logprobs, atol=0.5 / 1024 + 1e-6)
+    np.testing.assert_array_equal(ids[unpacked(data["teacherIds"])].reshape(-1, 5), uses[0].teacher_topk_ids)
+    assert data["texts"] == list(uses[0].texts)
 
 
 def test_log_probs_that_are_no_numbers_stand_for_probability_zero() -> None:
     logprobs = np.array([[-0.5, -np.inf, np.nan, -1e6]], dtype=np.float32)
-    data = data_of(page_of(made_visit(["a"], teacher_topk_logprobs=logprobs)))
+    data = data_of(page_of(made_use(["a"], teacher_topk_logprobs=logprobs)))
     assert unpacked(data["teacherLogprobs"]).tolist() == [512, 65535, 65535, 65535]
 
 
 def test_numbers_that_were_not_computed_reach_the_script_as_nan() -> None:
     drift = np.array([np.nan, 0.5], dtype=np.float32)
-    data = data_of(page_of(made_visit(["a", "b"], drift=drift)))
-    np.testing.assert_array_equal(unpacked(data["visits"][0]["drift"]), drift)
+    data = data_of(page_of(made_use(["a", "b"], drift=drift)))
+    np.testing.assert_array_equal(unpacked(data["uses"][0]["drift"]), drift)
 
 
 def test_several_trajectories_are_no_page() -> None:
     with pytest.raises(DataError, match="step=N"):
-        page_of(made_visit(["a"], slot=1), made_visit(["a"], slot=2))
+        page_of(made_use(["a"], trajectory_id=1), made_use(["a"], trajectory_id=2))
 
 
 @pytest.mark.parametrize(
@@ -125,4 +125,4 @@ def test_several_trajectories_are_no_page() -> None:
 )
 def test_the_head_names_the_gate_and_what_it_depends_on(gate: dict[str, Any], words: str) -> None:
     settings = {**SETTINGS, "gate": SETTINGS["gate"] | gate}
-    assert words in trajectory_page([made_visit(["a"])], 0, run="run", settings=settings)
+    assert words in trajectory_page([made_use(["a"])], 0, run="run", settings=settings)

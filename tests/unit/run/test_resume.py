@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: what is in it, which run a command goes on with, and that nothing is lost or repeated."""
+"""Resuming from a checkpoint: what is in it, the run that a command resumes, and that nothing is lost or repeated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_ray.config.schema import RunConfig
-from opd_ray.errors import CheckpointError, RunFolderError, SnapshotError
+from opd_ray.errors import CheckpointError, RunFolderError
 from opd_ray.run.checkpoint import INDEX, Checkpoints, latest_checkpoint
 from opd_ray.run.folder import RunFolder
 from opd_ray.run.resume import checkpoint_to_resume
@@ -59,13 +59,13 @@ def test_a_resumed_run_loses_and_repeats_no_trajectory(
     assert version % every == 0
     trained = [entry for entry in first.trained if entry[0] <= version] + second.trained
     assert [step for step, _ in trained] == list(range(1, 9))
-    visits = Counter(slot for _, slots in trained for slot in slots)
+    uses = Counter(trajectory_id for _, trajectory_ids in trained for trajectory_id in trajectory_ids)
     books = second.books
     assert books["started"] == books["trained"] + books["in_store"] + books["in_flight"]
-    # Every slot that was started has all its visits, but for the last cohort's and what is left over.
-    assert sum(count == reuse for count in visits.values()) == books["trained"]
-    assert max(visits.values()) <= reuse
-    assert set(visits) <= set(range(books["started"]))
+    # Every trajectory that was started has all its uses, but for the last batch's and what is left over.
+    assert sum(count == reuse for count in uses.values()) == books["trained"]
+    assert max(uses.values()) <= reuse
+    assert set(uses) <= set(range(books["started"]))
 
 
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(0, 500), st.integers(0, 99))
@@ -78,12 +78,12 @@ def test_in_lock_step_the_same_trajectories_train_in_the_same_steps(
     with TemporaryDirectory() as folder:
         first, second, version = asyncio.run(cut_off_and_resumed(cfg, Path(folder), turns, seed))
     assert [entry for entry in first.trained if entry[0] <= version] + second.trained == unbroken.trained
-    prompts = [info.slot for _, batch in second.world.batches for info in batch.infos]
+    prompts = [info.trajectory_id for _, batch in second.world.batches for info in batch.infos]
     assert prompts
 
 
 def test_the_prompts_go_on_where_they_were(tmp_path: Path) -> None:
-    """The prompts of the unbroken run, slot by slot: in flight ones again, then those that come next."""
+    """The prompts of the unbroken run, trajectory by trajectory: in flight ones again, then those that come next."""
     cfg = with_checkpoints(2, 1, 2, num_steps=12)
 
     async def scenario() -> tuple[dict[int, str], dict[int, str]]:
@@ -135,14 +135,14 @@ def test_a_checkpoint_that_failed_is_raised_with_the_next_step(tmp_path: Path) -
         checkpoints = Checkpoints(tmp_path, 1, 2, {}, dict)
 
         async def lost() -> None:
-            raise SnapshotError("a payload cannot be written: make room")
+            raise CheckpointError("a payload cannot be written: make room")
 
         checkpoints.commit(await checkpoints.begin(1), lost)
         checkpoints.raise_failure()  # it is still being written
         await asyncio.sleep(0.05)
-        with pytest.raises(SnapshotError, match="make room"):
+        with pytest.raises(CheckpointError, match="make room"):
             checkpoints.raise_failure()
-        with pytest.raises(SnapshotError, match="make room"):
+        with pytest.raises(CheckpointError, match="make room"):
             await checkpoints.begin(2)
         await checkpoints.stop()
         assert list((tmp_path / "checkpoints").iterdir()) == []

@@ -111,7 +111,7 @@ async def cancelled_twice(task: asyncio.Task[Any], goes_on: threading.Event) -> 
 
 
 def test_a_cancelled_writer_ends_after_its_thread() -> None:
-    """Else it goes on writing where another one has begun: a checkpoint that is cut off, and the resumed run's."""
+    """Else it continues writing where another one has begun: a checkpoint that is cut off, and the resumed run's."""
     goes_on, ended = threading.Event(), []
 
     def write() -> None:

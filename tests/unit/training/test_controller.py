@@ -30,8 +30,8 @@ def test_any_timing_keeps_the_bound_and_the_books(
     done = train(config(max_staleness, reuse, num_steps, num_engines), world)
     assert len(done.steps) == num_steps
     for _, batch in world.batches:
-        assert all(info.staleness <= max_staleness + info.visits - 1 for info in batch.infos)
-        assert len({info.visits for info in batch.infos}) == 1
+        assert all(info.staleness <= max_staleness + info.num_uses - 1 for info in batch.infos)
+        assert len({info.num_uses for info in batch.infos}) == 1
     books = done.books
     assert books["started"] == 6 * -(-num_steps // reuse)
     assert books["in_flight"] == 0 and books["started"] == books["trained"] + books["in_store"]
@@ -60,7 +60,7 @@ def test_every_order_keeps_its_bound_and_the_books(
     done = train(cfg, world)
     bound = cfg.replay.hard_staleness or max_staleness
     assert len(done.steps) == 8
-    assert all(info.staleness <= bound + info.visits - 1 for _, batch in world.batches for info in batch.infos)
+    assert all(info.staleness <= bound + info.num_uses - 1 for _, batch in world.batches for info in batch.infos)
     books = done.books
     evicted = sum(number for name, number in books.items() if name.startswith("evicted/"))
     assert books["started"] == books["trained"] + evicted + books["in_store"] + books["in_flight"]
@@ -75,7 +75,9 @@ def test_a_slow_group_keeps_the_bound(slow: str, max_staleness: int, reuse: int,
     world = World(seed, {slow: 60})
     done = train(config(max_staleness, reuse, 8, 2), world)
     assert len(done.steps) == 8
-    assert all(info.staleness <= max_staleness + info.visits - 1 for _, batch in world.batches for info in batch.infos)
+    assert all(
+        info.staleness <= max_staleness + info.num_uses - 1 for _, batch in world.batches for info in batch.infos
+    )
     books = done.books
     assert books["started"] == books["trained"] + books["in_store"] + books["in_flight"]
 
@@ -92,7 +94,7 @@ def test_with_a_larger_bound_they_overlap() -> None:
     world = World(1, 8)
     train(config(2, 2, 12), world)
     assert [busy for busy in world.together if "learner" in busy and len(busy) > 1]
-    assert max(info.staleness for _, batch in world.batches for info in batch.infos if info.visits == 1) > 0
+    assert max(info.staleness for _, batch in world.batches for info in batch.infos if info.num_uses == 1) > 0
 
 
 def test_an_error_in_a_group_ends_the_run_with_that_error() -> None:
@@ -104,7 +106,7 @@ def test_an_error_in_a_group_ends_the_run_with_that_error() -> None:
 
 @pytest.mark.parametrize("first", range(0, 400, 50))
 def test_an_interrupt_at_any_moment_ends_everything(first: int) -> None:
-    """A cancellation that met a result was once swallowed, and the run went on without its rollout loop."""
+    """A cancellation that met a result was once swallowed, and the run continued without its rollout loop."""
 
     async def interrupted(moment: int) -> set[asyncio.Task[Any]]:
         task = asyncio.create_task(Run(config(1, 2, 10_000, 2), World(moment, 3)).train())

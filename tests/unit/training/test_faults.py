@@ -68,16 +68,16 @@ def lose_payloads(world: World, share: float = 1.0) -> None:
 def assert_sound(run: Run, max_staleness: int, reuse: int) -> None:
     """The bound, each step once, no trajectory too often, and the books."""
     assert [step for step, _ in run.trained] == list(range(1, run.cfg.num_steps + 1))
-    visits = Counter(slot for _, slots in run.trained for slot in slots)
-    assert max(visits.values()) <= reuse
+    uses = Counter(trajectory_id for _, trajectory_ids in run.trained for trajectory_id in trajectory_ids)
+    assert max(uses.values()) <= reuse
     assert all(
-        info.staleness <= max_staleness + info.visits - 1 for _, batch in run.world.batches for info in batch.infos
+        info.staleness <= max_staleness + info.num_uses - 1 for _, batch in run.world.batches for info in batch.infos
     )
     books = run.books
     ended = books["trained"] + books["evicted"] + books["failed"]
     assert books["started"] == ended + books["in_store"] + books["in_flight"]
-    # What the store counts as trained had all its visits, in steps that count.
-    assert books["trained"] <= sum(count == reuse for count in visits.values())
+    # What the store counts as trained had all its uses, in steps that count.
+    assert books["trained"] <= sum(count == reuse for count in uses.values())
 
 
 KINDS = st.sampled_from(["rollout", "rollouts", "teacher"])
@@ -163,7 +163,7 @@ def test_a_node_with_a_learner_rank_takes_the_run_back_without_what_it_held(
 
 @pytest.mark.parametrize("is_whole", [False, True])
 def test_a_lock_step_cohort_that_is_lost_between_its_visits_is_no_dead_end(is_whole: bool) -> None:
-    """The engines are one version behind then: with these weights the next cohort would be too old for ever."""
+    """The engines are one version behind then: with these weights the next batch would be too old for ever."""
     cfg = small(0, 2)
     cfg.checkpoint.every = 0
 
@@ -181,8 +181,8 @@ def test_a_lock_step_cohort_that_is_lost_between_its_visits_is_no_dead_end(is_wh
     assert_sound(run, 0, 2)
     num_lost = 6 if is_whole else 2
     assert run.books["evicted/payload_lost"] == run.controller.totals.lost_trajectories == num_lost
-    assert [len(slots) for _, slots in run.trained[:5]] == [6, 6, 6, 6 if is_whole else 4, 6]
-    assert [batch.infos[0].visits for _, batch in run.world.batches[:4]] == [1, 2, 1, 1 if is_whole else 2]
+    assert [len(trajectory_ids) for _, trajectory_ids in run.trained[:5]] == [6, 6, 6, 6 if is_whole else 4, 6]
+    assert [batch.infos[0].num_uses for _, batch in run.world.batches[:4]] == [1, 2, 1, 1 if is_whole else 2]
 
 
 def test_a_checkpoint_that_finds_a_cohort_lost_is_no_dead_end(tmp_path: Path) -> None:
@@ -198,9 +198,9 @@ def test_a_checkpoint_that_finds_a_cohort_lost_is_no_dead_end(tmp_path: Path) ->
             saved += 1
             if saved == 3:
                 lose_payloads(run.world)
-            await FakeLearner.save_state(run.learner, folder)
+            await FakeLearner.save_checkpoint(run.learner, folder)
 
-        run.learner.save_state = save_and_lose  # type: ignore[method-assign]
+        run.learner.save_checkpoint = save_and_lose  # type: ignore[method-assign]
         async with asyncio.timeout(20):
             return await run.train()
 
@@ -243,7 +243,7 @@ def test_a_group_goes_on_with_the_workers_that_are_left_until_there_is_room(
         run.teachers.workers[0].kill()
         while len(run.trained) < 15:
             await asyncio.sleep(0)
-        assert (run.engines.absent, run.teachers.absent) == ({1}, {0})
+        assert (run.engines.unavailable, run.teachers.unavailable) == ({1}, {0})
         nodes.is_room = room_comes
         async with asyncio.timeout(20):
             return await task
@@ -251,7 +251,7 @@ def test_a_group_goes_on_with_the_workers_that_are_left_until_there_is_room(
     run = asyncio.run(scenario())
     assert_sound(run, max_staleness, 1)
     assert run.books["failed"] == run.books["evicted"] == 0
-    absent = [metrics["faults/absent/rollout"] for _, metrics in run.steps]
+    absent = [metrics["faults/unavailable/rollout"] for _, metrics in run.steps]
     assert absent[0] == 0 and 1.0 in absent and absent[-1] == (0 if room_comes else 1)
     assert run.engines.workers[0]._target.version == 30
     assert not room_comes or run.engines.workers[1]._target.version == 30
@@ -360,7 +360,7 @@ def live_and_die(folder: Path, cfg: RunConfig, seed: int, turns: int, seen: Path
                     break
             found["first"] = checkpoint.policy_version if checkpoint else 0
             found["trained"] = run.trained
-            found["stale"] = [info.staleness - info.visits for _, batch in run.world.batches for info in batch.infos]
+            found["stale"] = [info.staleness - info.num_uses for _, batch in run.world.batches for info in batch.infos]
             seen.write_text(json.dumps(found))
             os._exit(0)
 
@@ -392,7 +392,7 @@ def test_a_driver_that_dies_at_any_moment_resumes_from_its_last_checkpoint(
             assert max(found["stale"], default=-1) <= max_staleness - 1
             if "books" in found:
                 break
-        uses = Counter(slot for _, slots in trained for slot in slots)
+        uses = Counter(trajectory_id for _, trajectory_ids in trained for trajectory_id in trajectory_ids)
         books = found["books"]
         assert len(trained) == cfg.num_steps and max(uses.values()) <= reuse
         assert books["trained"] <= sum(count == reuse for count in uses.values())

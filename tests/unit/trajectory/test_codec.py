@@ -155,8 +155,8 @@ def test_reading_copies_nothing() -> None:
 
 def test_a_projection_has_only_its_columns() -> None:
     buffer = scored_buffer([5, 6], BatchSpec(FINGERPRINT, top_k=3))
-    batch = decode(buffer, columns=["slot", "response_token_ids", "teacher_topk_ids"])
-    assert batch.schema.names == ["slot", "response_token_ids", "teacher_topk_ids"]
+    batch = decode(buffer, columns=["trajectory_id", "response_token_ids", "teacher_topk_ids"])
+    assert batch.schema.names == ["trajectory_id", "response_token_ids", "teacher_topk_ids"]
     assert [view.shape for view in row_views(batch, "teacher_topk_ids")] == [(5, 3), (6, 3)]
     for name in ("response_token_ids", "teacher_topk_ids"):
         for view in row_views(batch, name):

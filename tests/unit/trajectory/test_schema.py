@@ -217,13 +217,13 @@ def test_foreign_columns_and_types_are_refused() -> None:
         other = batch.set_column(index, pa.field(name, kind), pa.array(values, type=kind))
         return stream(other.replace_schema_metadata(metadata))
 
-    with pytest.raises(SchemaError, match="'slot' has type int32 and int64 is expected"):
-        decode(changed("slot", [1], pa.int32()))
+    with pytest.raises(SchemaError, match="'trajectory' has type int32 and int64 is expected"):
+        decode(changed("trajectory_id", [1], pa.int32()))
     with pytest.raises(SchemaError, match="'prompt_id' has 1 nulls"):
         decode(changed("prompt_id", [None], pa.utf8()))
     with pytest.raises(SchemaError, match="'response_token_ids' has 1 nulls"):
         decode(changed("response_token_ids", [[1, None, 3, 4]], pa.list_(pa.int32())))
-    decode(changed("prompt_id", [None], pa.utf8()), columns=["slot"])  # not asked for, not checked
+    decode(changed("prompt_id", [None], pa.utf8()), columns=["trajectory_id"])  # not asked for, not checked
     with pytest.raises(SchemaError, match=r"columns \['top_p'\] are missing or doubled"):
         decode(stream(batch.drop_columns(["top_p"])))
     with pytest.raises(SchemaError, match=r"\['reward'\] are missing or doubled"):
@@ -237,7 +237,7 @@ def test_foreign_columns_and_types_are_refused() -> None:
 
 
 def test_reading_a_column_that_was_left_out_says_so() -> None:
-    batch = decode(scored_buffer([4], BatchSpec(FINGERPRINT, top_k=2)), columns=["slot"])
+    batch = decode(scored_buffer([4], BatchSpec(FINGERPRINT, top_k=2)), columns=["trajectory_id"])
     with pytest.raises(SchemaError, match="'teacher_topk_ids' is not among the decoded"):
         row_views(batch, "teacher_topk_ids")
     with pytest.raises(SchemaError, match="'prompt_id' is not among the decoded"):

@@ -1,4 +1,4 @@
-"""Which log-probs stand for the behaviour student: the engine's, or the learner's own of a first visit at staleness 0.
+"""Which log-probs stand for the behaviour student: the engine's, or the learner's own of a first use at staleness 0.
 
 Imports torch: learner workers only.
 """
@@ -23,11 +23,11 @@ class Behavior:
     from_engine: tuple[bool, ...]
 
 
-class BehaviorMemory:
-    """The learner's own log-probs of trajectories that it saw fresh, kept for their later visits.
+class OldLogprobsCache:
+    """The learner's own log-probs of trajectories that it saw fresh, kept for their later uses.
 
     Attributes:
-        entries: [T] float32 by slot.
+        entries: [T] float32 by trajectory.
     """
 
     def __init__(self, source: BehaviorSource, reuse: int) -> None:
@@ -37,7 +37,7 @@ class BehaviorMemory:
 
     @property
     def remembers(self) -> bool:
-        """Whether log-probs of fresh trajectories are needed for a later visit."""
+        """Whether log-probs of fresh trajectories are needed for a later use."""
         return self._uses_own and self._reuse > 1
 
     def behavior(self, batch: Microbatch, current: Tensor | None) -> Behavior:
@@ -51,14 +51,14 @@ class BehaviorMemory:
         own = [None] * len(engine) if current is None else list(torch.split(current.detach().float(), lengths))
         parts, from_engine = [], []
         for info, fresh, mine, theirs in zip(batch.infos, batch.fresh, own, engine, strict=True):
-            known = mine if fresh and self._uses_own else self.entries.get(info.slot) if not fresh else None
+            known = mine if fresh and self._uses_own else self.entries.get(info.trajectory_id) if not fresh else None
             if known is not None and fresh and self.remembers:
-                self.entries[info.slot] = known.clone()
+                self.entries[info.trajectory_id] = known.clone()
             parts.append(theirs if known is None else known)
             from_engine.append(known is None)
         return Behavior(torch.cat(parts), tuple(from_engine))
 
-    def forget(self, slots: Sequence[int]) -> None:
-        """Drop trajectories that had their last visit, this rank's or another's."""
-        for slot in slots:
-            self.entries.pop(slot, None)
+    def forget(self, trajectory_ids: Sequence[int]) -> None:
+        """Drop trajectories that had their last use, this rank's or another's."""
+        for trajectory_id in trajectory_ids:
+            self.entries.pop(trajectory_id, None)

@@ -1,6 +1,6 @@
 """The trajectories of a run that can be looked into: one Parquet file a step and learner rank, for `opd_ray.inspect`.
 
-``RUN/trajectories/step-000010-rank-0.parquet`` holds what rank 0 had of the step's dumped trajectories, one row each;
+``RUN/trajectories/step-000010-rank-0.parquet`` holds what rank 0 had of the step's recorded trajectories, one row each;
 step 10 is the one that led to policy version 10. A rank without any writes no file. The tokens' text is in it, so that
 a reader needs neither tokenizer nor model. The file's metadata say the schema version and, as JSON, the settings of the
 objective and the gate. NaN stands for what was not computed.
@@ -25,10 +25,11 @@ import pyarrow.parquet as pq
 
 from opd_ray.errors import DataError, RunFolderError
 
-DUMP_FOLDER = "trajectories"
-SCHEMA_VERSION = "1"
+RECORDS_FOLDER = "trajectories"
+SCHEMA_VERSION = "2"
 VERSION_KEY = b"opd_ray_trajectory_dump"
 SETTINGS_KEY = b"settings"
+_NAMES_IN_VERSION_1 = {"trajectory_id": "slot", "use": "visit"}
 
 _FILE = re.compile(r"step-(\d+)-rank-(\d+)\.parquet")
 
@@ -38,19 +39,19 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DumpedVisit:
+class RecordedUse:
     """One use of a trajectory in an optimizer step; P prompt and T response tokens, S segments, K top-K, all in nats.
 
     Attributes:
         step: policy version that the step led to.
-        is_fresh: first visit at staleness 0, where drift is zero by definition.
-        is_measured: the gate measured the drift of this visit's segments.
-        behavior_from_engine: `behavior_logprobs` are the sampling engine's, not the learner's own of the first visit.
+        is_fresh: first use at staleness 0, where drift is zero by definition.
+        is_measured: the gate measured the drift of this use's segments.
+        behavior_from_engine: `behavior_logprobs` are the sampling engine's, not the learner's own of the first use.
         response_pieces: text of each response token; joined they are the response. A token that ends within a
             character has the text of the characters that it completes, which may be none.
         engine_logprobs: log-probs of the sampled tokens as the sampling engine saw them.
         behavior_logprobs: the ones that drift is measured against.
-        drift: `current_logprobs` - `behavior_logprobs`; 0 in a fresh visit, NaN where the gate does not measure it
+        drift: `current_logprobs` - `behavior_logprobs`; 0 in a fresh use, NaN where the gate does not measure it
             (``gate.drift_tokens``).
         mask: the token takes part in the loss.
         token_weights: weight in the step's loss; the mean over the step's tokens is 1 (``gate.normalize=step``).
@@ -65,9 +66,9 @@ class DumpedVisit:
         text_ids, texts: text of every id that the top-K columns name.
     """
 
-    slot: int
+    trajectory_id: int
     step: int
-    visit: int
+    use: int
     staleness: int
     is_fresh: bool
     is_measured: bool
@@ -111,7 +112,7 @@ class DumpedVisit:
 
 
 def largest_drift(segment_drift: npt.ArrayLike) -> float:
-    """Largest magnitude of a visit's segment drifts, NaN left out."""
+    """Largest magnitude of a use's segment drifts, NaN left out."""
     values = np.abs(np.asarray(segment_drift, dtype=np.float64))
     return float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
 
@@ -130,41 +131,41 @@ _TOP_K = (
     "student_topk_ids",
     "student_topk_logprobs",
 )
-_KINDS: dict[str, Any] = typing.get_type_hints(DumpedVisit)
+_KINDS: dict[str, Any] = typing.get_type_hints(RecordedUse)
 
 
-def dump_schema(settings: Mapping[str, Any]) -> pa.Schema:
+def record_schema(settings: Mapping[str, Any]) -> pa.Schema:
     """The Arrow schema of a file, its metadata included; `settings` must be JSON-able."""
     columns = []
-    for name in (field.name for field in fields(DumpedVisit)):
+    for name in (field.name for field in fields(RecordedUse)):
         kind = _KINDS[name]
         arrow = _SCALARS[kind] if kind in _SCALARS else pa.list_(_ITEMS[kind])
         columns.append(pa.field(name, pa.list_(arrow) if name in _TOP_K else arrow, nullable=False))
     return pa.schema(columns, metadata={VERSION_KEY: SCHEMA_VERSION, SETTINGS_KEY: json.dumps(settings)})
 
 
-def dump_file(folder: Path, step: int, rank: int) -> Path:
-    """The file of a step and rank in the dump's folder."""
+def record_file(folder: Path, step: int, rank: int) -> Path:
+    """The file of a step and rank in the record's folder."""
     return folder / f"step-{step:06d}-rank-{rank}.parquet"
 
 
-def write_dump(folder: Path, rank: int, visits: Sequence[DumpedVisit], settings: Mapping[str, Any]) -> Path:
-    """Write one step's visits, at least one, in place of an older file; it appears whole or not at all.
+def write_records(folder: Path, rank: int, uses: Sequence[RecordedUse], settings: Mapping[str, Any]) -> Path:
+    """Write one step's uses, at least one, in place of an older file; it appears whole or not at all.
 
     Raises:
         RunFolderError: the file cannot be written.
     """
-    target = dump_file(folder, visits[0].step, rank)
+    target = record_file(folder, uses[0].step, rank)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
-    schema = dump_schema(settings)
-    columns = [pa.array([_plain(getattr(visit, f.name)) for visit in visits], type=f.type) for f in schema]
+    schema = record_schema(settings)
+    columns = [pa.array([_plain(getattr(use, f.name)) for use in uses], type=f.type) for f in schema]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_arrays(columns, schema=schema), temporary, compression="zstd")
         temporary.replace(target)
     except OSError as error:
         raise RunFolderError(
-            f"cannot write {target}: {error.strerror or error}; make room, or set telemetry.dump_trajectories=0"
+            f"cannot write {target}: {error.strerror or error}; make room, or set telemetry.record_trajectories=0"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -187,41 +188,41 @@ def drop_after(folder: Path, step: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class DumpEntry:
-    """What the overview tells of a dumped visit, and where it lies: row `row` of the file `path`."""
+    """What the overview tells of a recorded use, and where it lies: row `row` of the file `path`."""
 
     path: Path
     row: int
-    slot: int
+    trajectory_id: int
     step: int
-    visit: int
+    use: int
     staleness: int
     num_tokens: int
     drift_abs_max: float
 
 
-def dump_entries(run: Path) -> list[DumpEntry]:
-    """All dumped visits of a run folder, in order of step and slot.
+def record_entries(run: Path) -> list[DumpEntry]:
+    """All recorded uses of a run folder, in order of step and trajectory.
 
     Raises:
         DataError: there are none, or a file is damaged or of another version.
     """
-    folder = run / DUMP_FOLDER
+    folder = run / RECORDS_FOLDER
     if not run.is_dir():
         raise DataError(f"{run} is no folder: give a run folder (runs/latest is the newest finished one)")
     found = [entry for _, path in _files(folder) for entry in _entries_of(path)]
     if not found:
-        raise DataError(f"{run} has no dumped trajectories: run it with telemetry.dump_trajectories=1 or more")
-    return sorted(found, key=lambda entry: (entry.step, entry.slot))
+        raise DataError(f"{run} has no recorded trajectories: run it with telemetry.record_trajectories=1 or more")
+    return sorted(found, key=lambda entry: (entry.step, entry.trajectory_id))
 
 
-def read_visits(entries: Iterable[DumpEntry]) -> list[DumpedVisit]:
-    """The visits of some entries, in order; raises `DataError` as `dump_entries` does."""
-    return [_visit(_read(entry.path, None).slice(entry.row, 1)) for entry in entries]
+def read_uses(entries: Iterable[DumpEntry]) -> list[RecordedUse]:
+    """The uses of some entries, in order; raises `DataError` as `record_entries` does."""
+    return [_use(_read(entry.path, None).slice(entry.row, 1)) for entry in entries]
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The objective's and the gate's settings that stand in a file; raises `DataError` as `dump_entries` does."""
-    metadata = _read(path, ["slot"]).schema.metadata
+    """The objective's and the gate's settings that stand in a file; raises `DataError` as `record_entries` does."""
+    metadata = _read(path, ["trajectory_id"]).schema.metadata
     try:
         return dict(json.loads(metadata[SETTINGS_KEY]))
     except (KeyError, ValueError, TypeError) as error:
@@ -235,12 +236,12 @@ def _files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _entries_of(path: Path) -> list[DumpEntry]:
-    names = ["slot", "step", "visit", "staleness", "response_token_ids", "segment_drift"]
+    names = ["trajectory_id", "step", "use", "staleness", "response_token_ids", "segment_drift"]
     columns = _read(path, names).to_pydict()
     rows = zip(*(columns[name] for name in names), strict=True)
     return [
-        DumpEntry(path, row, slot, step, visit, staleness, len(ids), largest_drift(drift))
-        for row, (slot, step, visit, staleness, ids, drift) in enumerate(rows)
+        DumpEntry(path, row, trajectory_id, step, use, staleness, len(ids), largest_drift(drift))
+        for row, (trajectory_id, step, use, staleness, ids, drift) in enumerate(rows)
     ]
 
 
@@ -248,12 +249,16 @@ def _read(path: Path, columns: list[str] | None) -> pa.Table:
     try:
         schema = pq.read_schema(path)
         version = (schema.metadata or {}).get(VERSION_KEY, b"").decode(errors="replace")
-        if version != SCHEMA_VERSION:
+        if version not in ("1", SCHEMA_VERSION):
             raise DataError(
-                f"{path} has dump version {version or 'none'!r} and {SCHEMA_VERSION!r} is expected: read it with the "
+                f"{path} has version {version or 'none'!r} and {SCHEMA_VERSION!r} is expected: read it with the "
                 "opd_ray that wrote it"
             )
-        return pq.read_table(path, columns=columns, partitioning=None)
+        old = _NAMES_IN_VERSION_1 if version == "1" else {}
+        names = None if columns is None else [old.get(name, name) for name in columns]
+        table = pq.read_table(path, columns=names, partitioning=None)
+        new = {name: column for column, name in old.items()}
+        return table.rename_columns([new.get(name, name) for name in table.column_names])
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, str(error)) from error
 
@@ -262,7 +267,7 @@ def _damaged(path: Path, why: str) -> DataError:
     return DataError(f"{path} is damaged ({why[:200]}): remove it to see the other steps")
 
 
-def _visit(row: pa.Table) -> DumpedVisit:
+def _use(row: pa.Table) -> RecordedUse:
     """The one row of a table."""
     values: dict[str, Any] = {}
     for name, kind in _KINDS.items():
@@ -277,4 +282,4 @@ def _visit(row: pa.Table) -> DumpedVisit:
             values[name] = flat.reshape(len(inner), -1) if len(inner) else flat.reshape(0, 0)
         else:
             values[name] = value.values.to_numpy(zero_copy_only=False)
-    return DumpedVisit(**values)
+    return RecordedUse(**values)

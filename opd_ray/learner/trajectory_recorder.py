@@ -1,4 +1,4 @@
-"""The trajectories of a step that are dumped: what the forward pass, the gate and the loss found at each token.
+"""The trajectories of a step that are recorded: what the forward pass, the gate and the loss found at each token.
 
 It adds constant outputs to the forward pass of the microbatches that have such a trajectory, and changes nothing else.
 Imports torch: learner workers only.
@@ -18,14 +18,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from opd_ray.learner.behavior_memory import Behavior
 from opd_ray.learner.microbatch import Microbatch
+from opd_ray.learner.old_logprobs import Behavior
 from opd_ray.learner.policy_model import HeadRequest
 from opd_ray.learner.spec import LearnerSpec, RankBatch
-from opd_ray.learner.step_gate import Weighed
+from opd_ray.learner.step_gate import TokenWeights
 from opd_ray.models.token_text import token_labels, token_pieces
 from opd_ray.objective import lsm_loss
-from opd_ray.run.trajectory_dump import DumpedVisit, write_dump
+from opd_ray.run.trajectory_records import RecordedUse, write_records
 from opd_ray.trajectory.codec import decode
 from opd_ray.trajectory.rows import ScoredRow, scored_rows
 
@@ -38,28 +38,28 @@ class _Watched:
     tokens: slice  # in its [N]
 
 
-class StepWatch:
-    """Gathers the dumped trajectories of a rank's step, and writes them at its end."""
+class TrajectoryRecorder:
+    """Gathers the recorded trajectories of a rank's step, and writes them at its end."""
 
     def __init__(self, spec: LearnerSpec, tokenizer: Any) -> None:
-        self._folder = Path(spec.dump_folder)
+        self._folder = Path(spec.records_folder)
         self._rank = spec.rank
         self._settings = {"objective": _plain(spec.cfg.objective), "gate": _plain(spec.cfg.gate)}
         self._tokenizer = tokenizer
         self._rows: dict[int, ScoredRow] = {}
-        self._visits: dict[int, DumpedVisit] = {}
+        self._uses: dict[int, RecordedUse] = {}
         self._step = 0
 
     def begin(self, batch: RankBatch, payloads: Sequence[Any]) -> None:
-        """Start a step: read all columns of the trajectories that are dumped."""
+        """Start a step: read all columns of the trajectories that are recorded."""
         needed = {batch.rows[place][0] for place in batch.dumped}
         decoded = {payload: scored_rows(decode(payloads[payload])) for payload in needed}
         self._rows = {place: decoded[payload][row] for place in batch.dumped for payload, row in [batch.rows[place]]}
-        self._visits = {}
+        self._uses = {}
         self._step = batch.policy_version + 1
 
     def added_to(self, request: HeadRequest, batch: Microbatch) -> HeadRequest:
-        """The request, for the positions of the microbatch's dumped trajectories too."""
+        """The request, for the positions of the microbatch's recorded trajectories too."""
         found = self._found(batch)
         if not found:
             return request
@@ -72,7 +72,7 @@ class StepWatch:
         self,
         batch: Microbatch,
         watched: tuple[Tensor, Tensor] | None,
-        weighed: Weighed,
+        weighed: TokenWeights,
         behavior: Behavior,
         losses: Tensor,
     ) -> None:
@@ -94,20 +94,20 @@ class StepWatch:
             tokens = {name: _numpy(values[one.tokens]) for name, values in by_token.items()}
             facts = tokens | self._watched_columns(self._rows[place], part) | _segment_columns(weighed, one.row, tokens)
             facts["behavior_from_engine"] = behavior.from_engine[one.row]
-            self._visits[place] = self._visit(batch, place, one.row, facts)
+            self._uses[place] = self._use(batch, place, one.row, facts)
 
     def write(self, tau: float, weight_scale: float) -> None:
         """Write the step's file, if there is anything; `weight_scale` turns weights into normalised ones."""
-        visits = [
-            dataclasses.replace(visit, tau=tau, token_weights=(visit.token_weights * weight_scale).astype(np.float32))
-            for _, visit in sorted(self._visits.items())
+        uses = [
+            dataclasses.replace(use, tau=tau, token_weights=(use.token_weights * weight_scale).astype(np.float32))
+            for _, use in sorted(self._uses.items())
         ]
-        self._rows, self._visits = {}, {}
-        if visits:
-            write_dump(self._folder, self._rank, visits, self._settings)
+        self._rows, self._uses = {}, {}
+        if uses:
+            write_records(self._folder, self._rank, uses, self._settings)
 
     def _found(self, batch: Microbatch) -> dict[int, _Watched]:
-        """The microbatch's dumped trajectories by their place in the step's batch."""
+        """The microbatch's recorded trajectories by their place in the step's batch."""
         if not self._rows:
             return {}
         ends = batch.lengths.cumsum(0).tolist()
@@ -135,16 +135,16 @@ class StepWatch:
             "student_topk_logprobs": _numpy(numbers[:, 2 + width :]),
         }
 
-    def _visit(self, batch: Microbatch, place: int, index: int, facts: dict[str, Any]) -> DumpedVisit:
+    def _use(self, batch: Microbatch, place: int, index: int, facts: dict[str, Any]) -> RecordedUse:
         row, info, tokenizer = self._rows[place], batch.infos[index], self._tokenizer
         prompt, response = row.prompt_token_ids.tolist(), row.response_token_ids.tolist()
         named = np.union1d(facts["teacher_topk_ids"], facts["student_topk_ids"])
         labels = token_labels(tokenizer, [int(token_id) for token_id in named])
         drift = np.where(facts.pop("measured"), facts["current_logprobs"] - facts["behavior_logprobs"], np.nan)
-        return DumpedVisit(
-            slot=info.slot,
+        return RecordedUse(
+            trajectory_id=info.trajectory_id,
             step=self._step,
-            visit=info.visits,
+            use=info.num_uses,
             staleness=info.staleness,
             is_fresh=info.is_fresh,
             tau=0.0,
@@ -166,7 +166,7 @@ class StepWatch:
         )
 
 
-def _segment_columns(weighed: Weighed, row: int, tokens: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
+def _segment_columns(weighed: TokenWeights, row: int, tokens: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
     gate, count = weighed.gate, int(tokens["segment_ids"].max()) + 1
     return {
         "is_measured": weighed.measured[row],

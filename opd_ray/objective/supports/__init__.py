@@ -1,6 +1,11 @@
-"""The K tokens that student and teacher are compared on: adding the sampled token, and how well they cover.
+"""The K tokens that student and teacher are compared on: supports by name, the sampled token, and coverage.
 
 The ids of a support are distinct; a repeated one would count twice everywhere.
+
+A module of this folder is a support by the name of `teacher.support`. It declares as `SCORED` whose K most probable ids
+the teacher scores, ``"teacher_topk"`` or ``"student_topk"``, and defines ``select(ids, teacher_logprobs)``, which gets
+these ids `[N,K]` and the teacher's log-probs there `[N,K]`, in nats, and returns the log-probs with -inf where an id is
+not in the support.
 """
 
 from __future__ import annotations
