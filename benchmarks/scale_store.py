@@ -89,8 +89,9 @@ async def store_alone(num_trajectories: int) -> dict[str, Any]:
         with clock.measure("reports"):
             store.counts(), store.lengths()
         await fill(store, requests, version + 1, clock, object)
-    with clock.measure("freeze"):
-        image = store.freeze()
+    for _ in range(NUM_STEPS):
+        with clock.measure("freeze"):
+            image = store.freeze()
     with tempfile.TemporaryDirectory() as name:
         written = await timed(lambda: store.write(image, Path(name)))
         index_bytes = (Path(name) / INDEX).stat().st_size
