@@ -258,7 +258,8 @@ def _read(path: Path, columns: list[str] | None) -> pa.Table:
         names = None if columns is None else [old.get(name, name) for name in columns]
         table = pq.read_table(path, columns=names, partitioning=None)
         new = {name: column for column, name in old.items()}
-        return table.rename_columns([new.get(name, name) for name in table.column_names])
+        renamed = table.rename_columns([new.get(name, name) for name in table.column_names])
+        return renamed.replace_schema_metadata(table.schema.metadata)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, str(error)) from error
 

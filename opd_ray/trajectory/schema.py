@@ -45,7 +45,7 @@ import pyarrow as pa
 
 from opd_ray.errors import SchemaError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 FIX = "write it with replay.codec"
 SUPPORT_TEACHER_TOPK = "teacher_topk"
 SUPPORT_STUDENT_TOPK = "student_topk"

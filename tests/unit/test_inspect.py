@@ -54,9 +54,9 @@ def test_the_overview_begins_with_the_largest_drift_and_counts_the_rest() -> Non
 def test_the_command_writes_one_page_and_tells_where(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(run), "trajectory=8"])
     told = capsys.readouterr().out
-    assert told == f"{run / RECORDS_FOLDER / 'trajectory_id-8.html'}\n"
+    assert told == f"{run / RECORDS_FOLDER / 'trajectory-8.html'}\n"
     page = Path(told.strip()).read_text(encoding="utf-8")
-    assert "Trajectory of trajectory 8" in page and '"use": 1' in page and '"use": 2' in page
+    assert "Trajectory 8" in page and '"use": 1' in page and '"use": 2' in page
 
 
 def test_without_a_trajectory_the_command_lists_what_is_there(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +71,7 @@ def test_without_a_trajectory_the_command_lists_what_is_there(run: Path, capsys:
     [
         (["trajectory=5"], "trajectory=5 was not recorded: there are the trajectories 0, 8 of steps 1 to 2"),
         (["trajectory=x"], "'trajectory=x' is not understood: give trajectory=ID, step=N or use=N"),
-        (["trajectory_id=8"], "'trajectory=8' is not understood"),
+        (["slot=8"], "'slot=8' is not understood"),
         (["--out", "/dev/null/page.html"], "choose another place with --out"),
     ],
 )
@@ -92,4 +92,4 @@ def test_a_step_that_dumped_another_trajectory_under_the_same_slot_is_refused(
     write_records(run / RECORDS_FOLDER, 0, [other], SETTINGS)
     with pytest.raises(SystemExit):
         main([str(run), "trajectory=0"])
-    assert "trajectory 0 stands for several trajectories" in capsys.readouterr().err
+    assert "id 0 stands for several trajectories" in capsys.readouterr().err

@@ -93,12 +93,12 @@ def test_what_lies_beyond_a_step_is_dropped_and_half_written_files_with_it(tmp_p
         dumped(tmp_path, made_use(PIECES, step=step))
     folder = tmp_path / RECORDS_FOLDER
     (folder / ".step-000003-rank-0.parquet.0123.tmp").write_bytes(b"half")
-    (folder / "trajectory_id-3.html").write_text("a page of the user's")
+    (folder / "trajectory-3.html").write_text("a page of the user's")
     drop_after(folder, 3)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "trajectory_id-3.html",
         "step-000002-rank-0.parquet",
         "step-000003-rank-0.parquet",
+        "trajectory-3.html",
     ]
     drop_after(tmp_path / "nowhere", 0)
 
@@ -133,11 +133,26 @@ def test_a_damaged_file_is_told_in_one_line(tmp_path: Path, damage: str) -> None
         record_entries(tmp_path)
 
 
+def test_a_file_of_the_first_version_is_read(tmp_path: Path) -> None:
+    """As 0.4.0 wrote it: with slots and visits."""
+    use = made_use(PIECES, trajectory_id=4)
+    path = dumped(tmp_path, use)
+    table = pq.read_table(path, partitioning=None)
+    names = {"trajectory_id": "slot", "use": "visit"}
+    metadata = {**table.schema.metadata, VERSION_KEY: b"1"}
+    old = table.rename_columns([names.get(name, name) for name in table.column_names])
+    pq.write_table(old.replace_schema_metadata(metadata), path)
+    (entry,) = record_entries(tmp_path)
+    assert (entry.trajectory_id, entry.use) == (4, use.use)
+    assert read_uses([entry])[0].response_token_ids.tolist() == use.response_token_ids.tolist()
+    assert read_settings(path) == SETTINGS
+
+
 def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
     path = dumped(tmp_path, made_use(PIECES))
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({**table.schema.metadata, VERSION_KEY: b"99"}), path)
-    with pytest.raises(DataError, match="dump version '99' and '1' is expected"):
+    with pytest.raises(DataError, match="has version '99' and '2' is expected"):
         record_entries(tmp_path)
     pq.write_table(table.select(["trajectory_id"]), path)
     with pytest.raises(DataError, match="damaged"):

@@ -172,7 +172,7 @@ def test_each_hop_checks_whose_support_it_is() -> None:
 def test_bytes_of_another_schema_version_are_refused() -> None:
     batch = decode(encode_rollouts(trajectories([4]), ROLLOUT))
     older = batch.replace_schema_metadata((batch.schema.metadata or {}) | {b"schema_version": b"1"})
-    with pytest.raises(SchemaError, match="schema_version of a trajectory batch is '1' and '3' is expected"):
+    with pytest.raises(SchemaError, match="schema_version of a trajectory batch is '1' and '4' is expected"):
         decode(stream(older))
 
 
@@ -217,7 +217,7 @@ def test_foreign_columns_and_types_are_refused() -> None:
         other = batch.set_column(index, pa.field(name, kind), pa.array(values, type=kind))
         return stream(other.replace_schema_metadata(metadata))
 
-    with pytest.raises(SchemaError, match="'trajectory' has type int32 and int64 is expected"):
+    with pytest.raises(SchemaError, match="'trajectory_id' has type int32 and int64 is expected"):
         decode(changed("trajectory_id", [1], pa.int32()))
     with pytest.raises(SchemaError, match="'prompt_id' has 1 nulls"):
         decode(changed("prompt_id", [None], pa.utf8()))
