@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from opd_ray.cluster.worker_group import WorkerGroup
@@ -22,6 +23,13 @@ WORKER_DIED = "worker_died"
 END_OF_DATA = "end_of_data"
 
 logger = logging.getLogger("opd_ray")
+
+
+@dataclass(slots=True)
+class _Attempts:
+    """How often a request may still fail, in any of its stages: deaths of its workers and losses of its payload."""
+
+    left: int
 
 
 class RolloutLoop:
@@ -114,20 +122,22 @@ class RolloutLoop:
     async def _produce(self, request: RolloutRequest, engine: int) -> None:
         """Stages 3 to 6 of one request; again from stage 3 where the payload was lost before it was scored."""
         first: int | None = engine
-        for _ in range(self._cfg.faults.max_attempts):
+        attempts = _Attempts(self._cfg.faults.max_attempts)
+        while attempts.left:
             sampled = await self._attempt(
-                self._engines,
-                self._engine_load,
+                (self._engines, self._engine_load),
                 lambda worker: worker.generate.options(num_returns=2).remote(request),
+                attempts,
                 cost=len(request.trajectory_ids),
                 first=first,
             )
             if sampled is None:
                 break
             try:
-                scored = await self._score(request, *sampled)
+                scored = await self._score(request, *sampled, attempts)
             except PayloadLostError as error:
                 logger.warning("%d trajectories are sampled again: %s", len(request.trajectory_ids), error)
+                attempts.left -= 1
                 first = None
                 continue
             if scored is None:
@@ -135,32 +145,35 @@ class RolloutLoop:
             payload, meta = scored
             self._store.append(meta, payload, generation=self._generation)
             return
-        logger.warning("%d trajectories failed: each of their workers died", len(request.trajectory_ids))
+        logger.warning("%d trajectories failed: their workers died too often", len(request.trajectory_ids))
         self._store.fail(request.trajectory_ids, WORKER_DIED, generation=self._generation)
 
-    async def _score(self, request: RolloutRequest, payload: Any, meta: BatchMeta) -> tuple[Any, BatchMeta] | None:
+    async def _score(
+        self, request: RolloutRequest, payload: Any, meta: BatchMeta, attempts: _Attempts
+    ) -> tuple[Any, BatchMeta] | None:
         """Stages 4 and 5."""
         return await self._attempt(
-            self._teachers,
-            self._teacher_load,
+            (self._teachers, self._teacher_load),
             lambda worker: worker.score.options(num_returns=2).remote(payload, meta, request.prompts),
+            attempts,
             cost=meta.num_response_tokens,
         )
 
     async def _attempt(
         self,
-        group: WorkerGroup,
-        load: GroupLoad,
+        workers: tuple[WorkerGroup, GroupLoad],
         call: Callable[[Any], tuple[Any, Any]],
+        attempts: _Attempts,
         *,
         cost: int,
         first: int | None = None,
     ) -> tuple[Any, BatchMeta] | None:
-        """Payload reference and metadata of ``call(worker)``; on another worker where one dies. None: all attempts did.
+        """Payload reference and metadata of ``call(worker)``; on another worker where one dies, None without attempts.
 
         `first` is a worker whose load has this call already.
         """
-        for _ in range(self._cfg.faults.max_attempts):
+        group, load = workers
+        while attempts.left:
             if first is None:
                 await load.wait_for_worker()
                 worker = load.least_loaded()
@@ -172,6 +185,7 @@ class RolloutLoop:
                 payload, meta_ref = call(handle)
                 meta: BatchMeta = await group.result(meta_ref, worker)
             except ActorDiedError as error:
+                attempts.left -= 1
                 self._replace(group, load, worker, handle, error)
             else:
                 load.done(meta.busy_s, meta.num_response_tokens)

@@ -19,7 +19,7 @@ from opd_ray.cluster import worker_group as group
 from opd_ray.config.schema import RunConfig
 from opd_ray.errors import ActorDiedError, ResourceError
 from opd_ray.run.checkpoint import latest_checkpoint
-from tests.unit.fake_actors import PAYLOADS, FakeLearner, Run, World, config
+from tests.unit.fake_actors import PAYLOADS, FakeEngine, FakeLearner, FakeTeacher, Run, World, config
 
 
 def small(max_staleness: int, reuse: int, num_steps: int = 8) -> RunConfig:
@@ -303,6 +303,35 @@ def test_slots_fail_when_all_attempts_did() -> None:
     run = asyncio.run(scenario())
     assert_sound(run, 1, 1)
     assert run.books["failed/worker_died"] > 0
+
+
+def test_the_attempts_of_a_request_are_counted_over_all_of_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One death while it is sampled and one while it is scored are two."""
+    cfg = small(0, 1, 3)
+    cfg.faults.max_attempts = 2
+    deaths: set[str] = set()
+
+    def dying_once(kind: type, name: str) -> None:
+        call = getattr(kind, name)
+
+        async def mortal(self: Any, *args: Any) -> Any:
+            if name not in deaths:
+                deaths.add(name)
+                raise ActorDiedError(f"an actor died in {name}: start again")
+            return await call(self, *args)
+
+        monkeypatch.setattr(kind, name, mortal)
+
+    async def scenario() -> Run:
+        # One request at a time: the death in `score` is that of the request that met the one in `generate`.
+        cfg.rollout.prompts_per_step, cfg.rollout.num_engines = 1, 1
+        dying_once(FakeEngine, "generate")
+        dying_once(FakeTeacher, "score")
+        async with asyncio.timeout(20):
+            return await Run(cfg, World(1, 2)).train()
+
+    run = asyncio.run(scenario())
+    assert run.books["failed/worker_died"] == 2 and len(run.trained) == 3
 
 
 def test_a_new_engine_serves_with_the_published_weights() -> None:
