@@ -1,4 +1,4 @@
-"""What a run needs against what there is, before anything starts: ``python -m opd_ray.plan +experiment=lsm_block64``.
+"""Compare what a run needs with what there is: ``python -m opd_ray.plan +experiment=lsm_block64``.
 
 Takes the arguments of training. The hardware is the running Ray cluster, else this machine, else what
 ``+hardware=8xa800_80g`` or ``hardware.nodes=2 hardware.gpus_per_node=8 ...`` describe. Exit code 1 and one line where

@@ -1,4 +1,4 @@
-"""What Ray's cluster has, as the planner sees it: Ray's own numbers, and what a task on each node with GPUs reads."""
+"""Probe of Ray's cluster for the planner: Ray's own numbers, and what a task on each node with GPUs reads."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Runs told apart by variant and condition, and scored against their bases: what the verb `compare` shows."""
+"""Comparison of runs by variant and condition, scored against their bases: the verb `compare`."""

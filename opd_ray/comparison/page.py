@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing else, and as Markdown."""
+"""A comparison as a self-contained HTML page, and as Markdown."""
 
 from __future__ import annotations
 

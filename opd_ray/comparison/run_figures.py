@@ -1,4 +1,4 @@
-"""What a run's metrics and summary say beside its scores: gate and drift, time and tokens, curves over its steps."""
+"""Figures of a run's metrics and summary besides its scores: gate and drift, time and tokens, curves over its steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs by variant: which config keys differ, which of them make a variant or a condition, and what a variant's base is.
+"""Runs by variant: the config keys that differ, split into variants and conditions, and each variant's base.
 
 All of it is read off the configs, never off names:
 

@@ -1,4 +1,4 @@
-"""What a comparison says in sentences: the answer at the top, the notes, and how the figures were made."""
+"""Sentences of a comparison: the answer at the top, the notes, and the method."""
 
 from __future__ import annotations
 

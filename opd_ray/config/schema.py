@@ -1,4 +1,4 @@
-"""What a run can be told: `RunConfig` and its parts, with the unit and the range of every field.
+"""Schema of a run's configuration: `RunConfig` and its parts, with the unit and the range of every field.
 
 Hydra composes these dataclasses from `conf/`; `config_checks.check_config` enforces the ranges given here and the rules
 that join several fields. The names that a key may take are in `choices`.

@@ -1,4 +1,4 @@
-"""From a row of a prompt file to a `Prompt`: which key holds what, and what a value may look like."""
+"""Conversion of one row of a prompt file to a `Prompt`: keys and allowed values."""
 
 from __future__ import annotations
 

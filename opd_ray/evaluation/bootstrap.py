@@ -1,4 +1,4 @@
-"""How sure a figure, or a difference between two models, is: the bootstrap over problems."""
+"""Confidence intervals of a figure, or of a difference between two models: the bootstrap over problems."""
 
 from __future__ import annotations
 

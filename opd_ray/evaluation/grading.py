@@ -1,4 +1,4 @@
-"""From completions to verdicts: extraction, exact comparison, and algebra for what these leave open."""
+"""Verdicts for completions: extraction, exact comparison, and algebra for what these leave open."""
 
 from __future__ import annotations
 

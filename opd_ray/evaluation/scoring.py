@@ -1,4 +1,4 @@
-"""From verdicts to numbers: pass@k, avg@n, intervals, what kept answers from being correct, and their lengths."""
+"""Scores from verdicts: pass@k, avg@n, intervals, reasons for wrong answers, and their lengths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sure a difference between two training variants is: a paired bootstrap over seeds and problems.
+"""Confidence of a difference between two training variants: a paired bootstrap over seeds and problems.
 
 S is the number of seeds, P the number of problems of a benchmark.
 """

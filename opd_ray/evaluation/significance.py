@@ -1,4 +1,4 @@
-"""What a t-test says, how many seeds one would need, and how to judge many tests at once. S is the number of seeds."""
+"""t-tests, the number of seeds that a test would need, and corrections for many tests. S is the number of seeds."""
 
 from __future__ import annotations
 

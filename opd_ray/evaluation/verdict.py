@@ -1,4 +1,4 @@
-"""What was found about one answer."""
+"""The verdict on one answer."""
 
 from __future__ import annotations
 

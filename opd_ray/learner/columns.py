@@ -1,4 +1,4 @@
-"""Which columns of a trajectory batch a learner reads; the others stay untouched in the object store."""
+"""Columns of a trajectory batch that a learner reads; the others stay untouched in the object store."""
 
 from __future__ import annotations
 

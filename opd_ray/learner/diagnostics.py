@@ -1,4 +1,4 @@
-"""What a learner rank tells of a step's tokens, segments and probes, so that one sees what the gate does. numpy only.
+"""Diagnostics of a step's tokens, segments and probes, which show what the gate does. numpy only.
 
 A rank makes `StepDiagnostics` of its facts once the step's normaliser is known; the driver joins those of all ranks.
 The result does not depend on how tokens were split over facts and ranks, as long as a segment's stay together.

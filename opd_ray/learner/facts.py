@@ -1,4 +1,4 @@
-"""What a microbatch's tensors say, as the numpy facts that `diagnostics` takes.
+"""The tensors of a microbatch as the numpy arrays that `diagnostics` takes.
 
 Imports torch: learner workers only.
 """

@@ -1,4 +1,4 @@
-"""What each forward pass is asked to compute: the loss's and the gate's needs, and no more of the vocabulary than that.
+"""Requests to the LM head for each forward pass: what the loss and the gate need, and no more of the vocabulary.
 
 Imports torch: learner workers only.
 """

@@ -1,4 +1,4 @@
-"""All that the learner needs to continue as if it had never stopped, written to and read from a folder by all ranks.
+"""The learner's state for an exact resume, written to and read from a folder by all ranks.
 
 A resumed run's losses equal the unbroken run's to the last bit with the same ranks and ZeRO stage; with others, up to
 rounding. The learning rate of the next step is the config's at that step.

@@ -1,4 +1,4 @@
-"""From the config's objective to the loss of every response token of a microbatch.
+"""The loss of every response token of a microbatch, as the config's objective says.
 
 Imports torch: learner workers only.
 """

@@ -1,4 +1,4 @@
-"""Which log-probs stand for the behaviour student: the engine's, or the learner's own of a first use at staleness 0.
+"""Cache of old log-probs: the engine's, or the learner's own of a first use at staleness 0.
 
 Imports torch: learner workers only.
 """

@@ -1,4 +1,4 @@
-"""What a learner rank is told: its part of the config, and its part of each step."""
+"""A learner rank's part of the run and of each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A learner's state on disk: ``learner.json``, and two safetensors files a rank. Nothing in it is unpickled.
+"""A learner's state on disk: ``learner.json``, and two safetensors files per rank. Nothing in it is unpickled.
 
 ``optimizer-R.safetensors`` holds the flat partitions of rank R, ``rank-R.safetensors`` what is small and its own.
 The index says which elements of which parameter lie where, and has a checksum (xxh3-128) of itself and of every file.

@@ -1,4 +1,4 @@
-"""What a rank gathers during one step: sums for the report, facts for the diagnostics, wall times of the parts.
+"""Sums, diagnostics and wall times that a rank gathers during one step.
 
 Imports torch: learner workers only.
 """

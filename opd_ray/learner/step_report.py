@@ -1,4 +1,4 @@
-"""What a learner rank reports of its part of a step, and how the ranks' reports become metrics. numpy only."""
+"""A rank's report of its part of a step, and the metrics made of all ranks' reports. numpy only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which token ids a mask rule names, and which response tokens it takes out of the loss.
+"""Token ids that a mask rule names, and the response tokens that it takes out of the loss.
 
 Imports torch: learner workers only.
 """

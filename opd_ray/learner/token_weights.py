@@ -1,4 +1,4 @@
-"""From drift to token weights: the gates and the baselines beside them, for one microbatch.
+"""Token weights from drift: the gates and the baselines, for one microbatch.
 
 Imports torch: learner workers only.
 """

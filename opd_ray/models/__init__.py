@@ -1,1 +1,1 @@
-"""What several workers do with a model: loading, tokenization, shared prefixes, weights as buckets."""
+"""Code that several workers share for a model: loading, tokenization, shared prefixes, weights as buckets."""

@@ -1,4 +1,4 @@
-"""What others do about stale rollouts: the baselines to compare the drift gate with.
+"""Baselines to compare the drift gate with: other methods' corrections for stale rollouts.
 
 rho = exp(current - behaviour log-prob) is how much likelier the student of now makes a token than the weights
 that sampled it. Weights multiply a token's loss and carry no gradient. They are not normalised.

@@ -1,4 +1,4 @@
-"""How far the student is from the teacher on the K tokens of a support.
+"""Divergences between student and teacher on the K tokens of a support.
 
 p is the student, q the teacher; p' and q' are p and q divided by their mass on the support. All quantities are
 in nats and only the student carries gradient. What the losses here have in common:

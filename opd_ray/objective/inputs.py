@@ -1,4 +1,4 @@
-"""What every objective asks of its tensors: shapes that fit, and one rule for precision."""
+"""Checks of an objective's tensors: shapes that fit, and one rule for precision."""
 
 from __future__ import annotations
 

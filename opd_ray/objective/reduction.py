@@ -1,4 +1,4 @@
-"""From losses per token to one number, and how many tokens a set of weights is worth."""
+"""Reduction of per-token losses to one number, and the effective number of tokens of a set of weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which positions of a response take part in the loss: by entropy, or by token id."""
+"""Selection of the response positions that take part in the loss: by entropy, or by token id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the gates of a step's segments to weights of mean 1 over its tokens, and two controls.
+"""Weights of mean 1 over a step's tokens from the gates of its segments, and two controls.
 
 A sharded step gathers (log-gate, tokens) of all its segments, here as `[S]`, and every rank computes the same.
 """

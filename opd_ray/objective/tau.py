@@ -1,4 +1,4 @@
-"""How hard the gate bites: tau that follows staleness, or the scale of the measured drift.
+"""Sharpness of the gate: tau that follows staleness, or the scale of the measured drift.
 
 tau is in 1/nats; the gate of a segment is exp(-tau |s|) (`drift_gate`).
 """

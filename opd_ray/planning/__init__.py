@@ -1,1 +1,1 @@
-"""What a run needs and moves, by arithmetic alone, and whether a cluster has it."""
+"""The memory and traffic of a run, by arithmetic alone, and whether a cluster has room for it."""

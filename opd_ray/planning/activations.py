@@ -1,4 +1,4 @@
-"""What a forward pass keeps for the backward pass, a token, for the decoders of `model_shape`.
+"""Memory that a forward pass keeps for the backward pass, per token, for the decoders of `model_shape`.
 
 Counted tensor by tensor from transformers' own modules (RMSNorm in float32, scaled dot-product attention without a
 mask, gated MLP): a test compares the sums with what autograd really saves. Of attention the [T, T] scores are never

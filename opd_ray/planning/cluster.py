@@ -1,4 +1,4 @@
-"""What a cluster has: the nodes that Ray reports, this machine, or hardware that is only described."""
+"""Descriptions of a cluster: the nodes that Ray reports, this machine, or hardware that is only described."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which worker probably lies on which node, by `placement.*` and in the order in which a run creates its groups."""
+"""The likely placement of workers on nodes, by `placement.*` and in the order in which a run creates its groups."""
 
 from __future__ import annotations
 

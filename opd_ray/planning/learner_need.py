@@ -1,4 +1,4 @@
-"""What one learner rank takes: DeepSpeed ZeRO as `learner.deepspeed_engine` sets it up, and one microbatch.
+"""Memory of one learner rank: DeepSpeed ZeRO as `learner.deepspeed_engine` sets it up, and one microbatch.
 
 Mixed-precision Adam takes 2 + 2 + 12 bytes a parameter, and ZeRO stage 1 divides the 12, stage 2 also the gradients',
 stage 3 also the weights' by the number of ranks (Rajbhandari et al., arXiv 1910.02054, section 3.1 and figure 1). Here

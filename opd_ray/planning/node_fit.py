@@ -1,4 +1,4 @@
-"""Whether workers find room on nodes: a worker lies on one node, and a group may want its workers together or apart."""
+"""Fit of workers to nodes: a worker needs one node, and a group may want its workers together or apart."""
 
 from __future__ import annotations
 

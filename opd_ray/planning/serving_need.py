@@ -1,4 +1,4 @@
-"""What one rollout engine and one teacher worker take."""
+"""Memory of one rollout engine and of one teacher worker."""
 
 from __future__ import annotations
 

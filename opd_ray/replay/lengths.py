@@ -1,4 +1,4 @@
-"""How long the trajectories were that trained, and how long those that were dropped: the bias of dropping."""
+"""Lengths of the trajectories that trained and of those that were dropped: the bias of dropping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is left of a run to look at: the table at its end, and plots of its metrics."""
+"""Reports of a finished run: the table at its end, and plots of its metrics."""
 
 from opd_ray.report.table import gap_closed, results_table
 

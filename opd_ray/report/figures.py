@@ -1,4 +1,4 @@
-"""What the pictures of a run share: reading its metrics, a figure, axes of one look. matplotlib only when drawing."""
+"""Shared parts of the plots of a run: reading its metrics, a figure, axes. matplotlib is imported only to draw."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A run as it lies on disk: its folder, what is written into it, checkpoints, and how one is resumed."""
+"""A run on disk: its folder, its checkpoints, and the choice of the run to resume."""

@@ -1,4 +1,4 @@
-"""Which run a command continues with: the last of its config if that was cut off, the one that it names, or none."""
+"""Choose the run to resume: the last interrupted one of the same config, the one named, or none."""
 
 from __future__ import annotations
 

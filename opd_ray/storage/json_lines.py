@@ -1,4 +1,4 @@
-"""A file of JSON objects, one a line, that is only appended to, or cut back to where it once ended."""
+"""A file of JSON objects, one per line, that is only appended to, or cut back to an earlier end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run can be watched: `metrics.jsonl`, W&B, and a progress bar. No engine is imported here."""
+"""Ways to watch a run: `metrics.jsonl`, W&B, and a progress bar. No engine is imported here."""
 
 from opd_ray.telemetry.metrics import MetricsWriter, checked_metrics
 from opd_ray.telemetry.progress import Progress

@@ -1,4 +1,4 @@
-"""Which metrics of a run are exported for Prometheus, and under which names.
+"""The metrics of a run that are exported for Prometheus, and their names there.
 
 Ray puts `ray_` before every name. Units stand at the end of a name, as Prometheus asks for. Label values come from a
 closed set each, so that the number of series of a run is bounded: what `metrics.jsonl` has by position or by staleness

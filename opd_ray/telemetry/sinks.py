@@ -1,4 +1,4 @@
-"""Where metrics go: the `Sink` protocol, several sinks as one, and W&B."""
+"""Sinks for metrics: the `Sink` protocol, several sinks as one, and W&B."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the packaged tiny models lie."""
+"""Paths of the packaged tiny models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `opd_ray.evaluate` can be told: `EvaluateConfig` and its parts, with the unit and the range of every field."""
+"""Configuration of `opd_ray.evaluate`: `EvaluateConfig` and its parts, with the unit and the range of every field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``model=`` of `opd_ray.evaluate` stands for, and where the results of judging it go."""
+"""The model that ``model=`` of `opd_ray.evaluate` names, and the folder for its results."""
 
 from __future__ import annotations
 

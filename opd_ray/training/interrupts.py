@@ -1,4 +1,4 @@
-"""How a person or a scheduler ends a verb: Ctrl-C and SIGTERM both let its clean-up run."""
+"""Orderly ends of a verb: Ctrl-C and SIGTERM both let its clean-up run."""
 
 from __future__ import annotations
 

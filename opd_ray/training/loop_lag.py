@@ -1,4 +1,4 @@
-"""How late the driver's event loop runs what is due: the sign of blocking work in the controller's process."""
+"""Lag of the driver's event loop: the sign of blocking work in the controller's process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model can take, and whether problems fit it; found in one short-lived worker before any engine is started."""
+"""Limits of a model, and whether problems fit it; found in one short-lived worker before any engine starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: `metrics.jsonl`, W&B, the progress bar, and which trajectories each step used.
+"""Files and sinks that a run writes while it trains: `metrics.jsonl`, `trained.jsonl`, W&B, the progress bar.
 
 A resumed or taken-back run cuts its files back to where they stood at the checkpoint, so that each step stands once.
 """

@@ -1,4 +1,4 @@
-"""What the `path` keys of a config stand for: prompts, problems and models, the embedded ones included."""
+"""Prompts, problems and models that the `path` keys of a config name, the embedded ones included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says at its end: `summary.json`, and the words on the terminal."""
+"""The end of a run: `summary.json`, and the words on the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who has how much to do: work goes to whoever has least, and each step tells which group the others wait for."""
+"""Load of each group's workers: work goes to the least loaded, and each step tells which group is the bottleneck."""
 
 from __future__ import annotations
 
