@@ -13,11 +13,14 @@ from typing import Any
 
 from benchmarks.scale_actors import FakeEngine, FakeTeacher, Payload, Sizes
 from benchmarks.scale_run import Cluster
-from opd_ray.cluster.worker_group import WorkerGroup
+from opd_ray.learner.group import LearnerGroup
 from opd_ray.learner.step_report import RankReport
 from opd_ray.replay.batch import SampledBatch
 from opd_ray.rollout.group import RolloutGroup
+from opd_ray.teacher.worker import TeacherGroup
 from opd_ray.types import WeightsMeta
+
+DEADLINE_S = 600.0
 
 
 class _Method:
@@ -49,43 +52,27 @@ class _Handle:
         return _Method(getattr(self._target, name))
 
 
-class _Engines(RolloutGroup):
-    """The real group; nothing is started or killed."""
-
-    def take(self, targets: list[Any]) -> None:
-        self.workers = [_Handle(target) for target in targets]
-
-
-class _Teachers(WorkerGroup):
-    def take(self, targets: list[Any]) -> None:
-        self.workers = [_Handle(target) for target in targets]
-
-
-class _Learner:
+class _Learner(LearnerGroup):
     """All ranks in one, at once; what a step's dispatch costs is measured by `scale_parts`."""
-
-    num_restarts = 0
-    absent = frozenset[int]()
-
-    def __init__(self, num_ranks: int) -> None:
-        self.workers = [None] * num_ranks
 
     async def train_step(self, batch: SampledBatch, policy_version: int) -> list[RankReport]:
         return [RankReport(loss_sum=1.0, weight_sum=1.0, divisor=1.0, num_tokens=1, grad_norm=1.0)]
 
-    async def export(self, version: int) -> tuple[WeightsMeta, list[Any]]:
-        return WeightsMeta(version, "00", 4096), []
+    async def export(self, policy_version: int) -> tuple[WeightsMeta, list[Any]]:
+        return WeightsMeta(policy_version, "00", 4096), []
 
 
 def in_process(num_engines: int, num_teachers: int, num_ranks: int, delay_s: float, sizes: Sizes) -> Cluster:
     """A cluster of objects; to be made where the event loop runs."""
-    engines, teachers = _Engines("rollout", 600.0), _Teachers("teacher", 600.0)
+    engines, teachers, learner = (
+        RolloutGroup("rollout", DEADLINE_S),
+        TeacherGroup("teacher", DEADLINE_S),
+        _Learner("learner", DEADLINE_S),
+    )
     fakes: list[Any] = [FakeEngine(f"rollout-{index}", delay_s) for index in range(num_engines)]
     scorers: list[Any] = [FakeTeacher(f"teacher-{index}") for index in range(num_teachers)]
     for fake in (*fakes, *scorers):
         fake._sizes = sizes
-    engines.take(fakes)
-    teachers.take(scorers)
-    learner: Any = _Learner(num_ranks)
-    group: Any = teachers
-    return Cluster(engines, group, learner)
+    engines.workers, teachers.workers = [_Handle(fake) for fake in fakes], [_Handle(scorer) for scorer in scorers]
+    learner.workers = [None] * num_ranks
+    return Cluster(engines, teachers, learner)
