@@ -197,8 +197,9 @@ async def read_image(folder: Path, io: PayloadIO) -> StoreImage:
 
 
 def _write_index(path: Path, index: dict[str, Any]) -> None:
-    text = json.dumps({"checksum": _checksum(index), "index": index}, default=asdict)
-    path.write_text(text, encoding="utf-8")
+    text = _canonical(index)
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(f'{{"checksum": "{checksum}", "index": {text}}}', encoding="utf-8")
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -209,15 +210,15 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} holds no replay store ({error}): use an older checkpoint") from error
     except (ValueError, TypeError, LookupError) as error:
         raise CheckpointError(f"{folder / INDEX} is damaged ({error!r}): use an older checkpoint") from error
-    if checksum != _checksum(index):
+    if checksum != hashlib.sha256(_canonical(index).encode()).hexdigest():
         raise CheckpointError(f"{folder / INDEX} is damaged (wrong checksum): use an older checkpoint")
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has another format than {FORMAT}: resume with the version that wrote it")
     return index
 
 
-def _checksum(index: Any) -> str:
-    return hashlib.sha256(json.dumps(index, sort_keys=True, default=asdict).encode()).hexdigest()
+def _canonical(index: Any) -> str:
+    return json.dumps(index, sort_keys=True, default=asdict)
 
 
 def _name(number: int) -> str:

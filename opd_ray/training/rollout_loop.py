@@ -5,6 +5,7 @@ A worker that dies loses no prompt: its request goes to another one, and a new a
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class RolloutLoop:
         while not self._has_ended:
             count = self._prompts_of_turn() * samples
             self._hand_out(await self._store.acquire(count))
+            # While the store has room `acquire` does not wait: a step of many requests would hold up the loop.
+            await asyncio.sleep(0)
 
     def _prompts_of_turn(self) -> int:
         """A step's prompts are split over the engines as evenly as whole prompts allow."""
