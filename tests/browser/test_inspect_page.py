@@ -40,7 +40,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for use in uses():
         write_records(run / RECORDS_FOLDER, 0, [use], SETTINGS)
     main([str(run), "trajectory=3"])
-    return run / RECORDS_FOLDER / "trajectory_id-3.html"
+    return run / RECORDS_FOLDER / "trajectory-3.html"
 
 
 @pytest.fixture
@@ -150,6 +150,6 @@ def test_a_long_response_opens_too(browser: Browser, tmp_path: Path) -> None:
     pieces = [f" w{number}" for number in range(16_384)]
     write_records(tmp_path / RECORDS_FOLDER, 0, [made_use(pieces, top_k=32)], SETTINGS)
     main([str(tmp_path)])
-    browser.open(tmp_path / RECORDS_FOLDER / "trajectory_id-3.html")
+    browser.open(tmp_path / RECORDS_FOLDER / "trajectory-3.html")
     assert browser.run("return document.querySelectorAll('#text .t').length") == len(pieces)
     assert browser.errors() == []
